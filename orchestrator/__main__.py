@@ -1,0 +1,5 @@
+"""`python -m orchestrator` is the command `vmfleece`."""
+
+from orchestrator.cli.main import main
+
+main()

@@ -1,0 +1,142 @@
+"""Every error that vmfleece raises on purpose, drawn in one place.
+
+    VmfleeceError
+    ├── ConfigError          the configuration or the command line is wrong   exit 2
+    ├── MonitorError         QEMU's monitor
+    │   ├── ConnectFailed    nobody there, or somebody else is connected      retryable
+    │   ├── ConnectionLost   it was there; outcome of running commands unknown retryable
+    │   ├── CommandTimeout   no reply in time; outcome unknown                retryable
+    │   └── CommandFailed    QEMU refused the command
+    ├── RefusedError         the VM is in no state to be backed up now        retryable
+    ├── AdmissionError       what is wanted can never be granted
+    ├── StorageError         a storage of fleecing images
+    ├── TargetError          a target of backups
+    ├── FleecingError        the snapshot broke: image full, slow or broken   retryable
+    ├── CopyError            the job that copies failed for another reason    retryable
+    └── StateError           state_dir: locked or unreadable
+
+A caller branches on the class or on `code`, never on the text. `message` says what was tried, on what,
+with which numbers; `hint` says what the operator can do.
+"""
+
+from typing import ClassVar
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_SOME_FAILED = 3
+EXIT_LOCKED = 11
+EXIT_INTERRUPTED = 130
+
+
+class VmfleeceError(Exception):
+    """The root. `code` is stable and part of the interface; see docs/operations.md."""
+
+    code: str = "failed"
+    retryable: ClassVar[bool] = False
+    exit_code: ClassVar[int] = EXIT_FAILED
+
+    def __init__(self, message: str, *, hint: str = "", code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        if code is not None:
+            self.code = code
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class ConfigError(VmfleeceError):
+    """The configuration or the command line is wrong; `problems` lists every one of them."""
+
+    code = "config"
+    exit_code = EXIT_USAGE
+
+    def __init__(self, message: str, *, hint: str = "", problems: tuple[str, ...] = ()) -> None:
+        super().__init__(message, hint=hint)
+        self.problems = problems
+
+
+class MonitorError(VmfleeceError):
+    """Talking to QEMU's monitor failed."""
+
+    code = "monitor"
+
+
+class ConnectFailed(MonitorError):
+    """No monitor could be reached at the socket."""
+
+    code = "vm-unreachable"
+    retryable = True
+
+
+class ConnectionLost(MonitorError):
+    """The connection ended; what the commands under way did is unknown."""
+
+    code = "vm-gone"
+    retryable = True
+
+
+class CommandTimeout(MonitorError):
+    """QEMU did not answer in time; what the command did is unknown."""
+
+    code = "vm-silent"
+    retryable = True
+
+
+class CommandFailed(MonitorError):
+    """QEMU refused a command. `command` is its name, `description` QEMU's own words."""
+
+    code = "qemu-refused"
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(f"QEMU refused {command}: {description}")
+        self.command = command
+        self.description = description
+
+
+class RefusedError(VmfleeceError):
+    """The VM, or somebody else's work on it, does not allow a backup now."""
+
+    code = "refused"
+    retryable = True
+
+
+class AdmissionError(VmfleeceError):
+    """The run can never get the space it needs with this configuration."""
+
+    code = "quota-too-small"
+
+
+class StorageError(VmfleeceError):
+    """A storage cannot hold fleecing images."""
+
+    code = "storage"
+
+
+class TargetError(VmfleeceError):
+    """A target cannot take or give back a snapshot."""
+
+    code = "target"
+
+
+class FleecingError(VmfleeceError):
+    """The snapshot broke: its fleecing image was full, slow or broken. The guest went on."""
+
+    code = "fleecing-broken"
+    retryable = True
+
+
+class CopyError(VmfleeceError):
+    """A disk's copy ended with an error that is not the snapshot's."""
+
+    code = "copy-failed"
+    retryable = True
+
+
+class StateError(VmfleeceError):
+    """state_dir is locked by another vmfleece, or cannot be read."""
+
+    code = "locked"
+    exit_code = EXIT_LOCKED

@@ -1,0 +1,141 @@
+"""What the layers tell each other: frozen data, no behaviour beyond simple questions.
+
+Configuration comes in through `config` (pydantic) and leaves it as these classes; results leave a run as these
+classes and are rendered by `cli`. Sizes are bytes, times are seconds unless a name says otherwise.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+
+
+class Consistency(StrEnum):
+    """How a point in time over all disks is made."""
+
+    FREEZE = "freeze"
+    PAUSE = "pause"
+    NONE = "none"
+
+
+class FleecingPolicy(StrEnum):
+    """What to do where fleecing was asked for and cannot be had."""
+
+    REQUIRE = "require"
+    PREFER = "prefer"
+
+
+class Compression(StrEnum):
+    """How the images target has QEMU compress what it writes."""
+
+    NONE = "none"
+    ZSTD = "zstd"
+
+
+class Outcome(StrEnum):
+    """How a run ended."""
+
+    SUCCEEDED = "succeeded"
+    WARNING = "warning"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Kind(StrEnum):
+    """How much of the disks a run copied; a snapshot is complete either way."""
+
+    FULL = "full"
+    INCREMENTAL = "incremental"
+
+
+@dataclass(frozen=True, slots=True)
+class Vm:
+    """A guest as configured."""
+
+    name: str
+    qmp: Path
+    priority: int = 50
+    exclude_disks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Fleecing:
+    """Whether to fleece, and where. `storage` None: the one that holds the disk's own image."""
+
+    enabled: bool = True
+    storage: str | None = None
+    policy: FleecingPolicy = FleecingPolicy.REQUIRE
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How one VM is to be backed up. `bwlimit_bytes_per_second` 0: no limit."""
+
+    target: str
+    fleecing: Fleecing
+    consistency: Consistency = Consistency.PAUSE
+    cbw_timeout_seconds: int = 10
+    bwlimit_bytes_per_second: int = 0
+    job: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """One block device of a VM, as QEMU describes it.
+
+    `id` is the device's id (`vda`), `node` the node-name it is on, `device_path` the QOM path whose property
+    `drive` puts it on another node. `image` is the file behind it, if QEMU names one.
+    `size_bytes` is the virtual size, always a multiple of 512.
+    """
+
+    id: str
+    node: str
+    device_path: str
+    size_bytes: int
+    format: str
+    bus: str
+    image: str | None
+    iothread: bool = False
+    read_only: bool = False
+    removable: bool = False
+    empty: bool = False
+    node_driver: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorReport:
+    """An error as data: what `--json`, logs and history show."""
+
+    code: str
+    message: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskResult:
+    """One disk of a finished run. `storage` None: it was backed up without fleecing."""
+
+    disk: str
+    size_bytes: int
+    copied_bytes: int
+    fleecing_peak_bytes: int
+    storage: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """A finished run. `reason` says why it was full, `warnings` what the operator should know."""
+
+    vm: str
+    run: str
+    outcome: Outcome
+    snapshot: str | None
+    kind: Kind
+    reason: str
+    started: datetime
+    duration_seconds: float
+    pause_ms: float | None
+    disks: tuple[DiskResult, ...]
+    warnings: tuple[str, ...] = ()
+    error: ErrorReport | None = None
+    retryable: bool = False

@@ -1,0 +1,35 @@
+#!/bin/sh
+# Installs what the tests, the demo and the benchmarks need beside Python: QEMU 10 from
+# bookworm-backports, nbdcopy, and a C compiler for the guest's writer.
+# Does nothing (and needs no root) where all of it is there already.
+set -eu
+
+missing=""
+for tool in qemu-system-x86_64 qemu-img qemu-nbd nbdcopy gcc cpio; do
+    command -v "$tool" >/dev/null 2>&1 || missing="$missing $tool"
+done
+if [ -z "$missing" ]; then
+    exit 0
+fi
+if [ "$(id -u)" -ne 0 ]; then
+    echo "install.sh: missing:$missing. Run it once as root, on Debian 12: sudo sh $0" >&2
+    exit 1
+fi
+
+echo "install.sh: missing:$missing; installing them with apt" >&2
+export DEBIAN_FRONTEND=noninteractive
+apt-get update -qq
+if ! apt-get indextargets --format '$(RELEASE)' | grep -qx bookworm-backports; then
+    # Backports come from the mirror that bookworm itself comes from.
+    mirror=$(apt-get indextargets --format '$(RELEASE) $(REPO_URI)' 'Created-By: Packages' |
+        awk '$1 == "bookworm" { print $2; exit }')
+    if [ -z "$mirror" ]; then
+        echo "install.sh: no apt source for Debian bookworm found; add one, then run this again" >&2
+        exit 1
+    fi
+    echo "deb $mirror bookworm-backports main" >/etc/apt/sources.list.d/vmfleece-backports.list
+    apt-get update -qq
+fi
+apt-get install -y -qq --no-install-recommends -t bookworm-backports \
+    qemu-system-x86 qemu-utils seabios ipxe-qemu >/dev/null
+apt-get install -y -qq --no-install-recommends libnbd-bin gcc libc6-dev cpio >/dev/null
