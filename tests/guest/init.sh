@@ -1,0 +1,66 @@
+#!/bin/busybox sh
+# The guest's PID 1. The kernel hands unknown NAME=value arguments on as environment, so that is
+# how a test configures its guest: workload=sequence|random|idle, disks=ID,ID,... (the disks to be
+# written, in writing order, by the serial number that QEMU gave them), and what writer.c reads.
+# Lines for the test bed start with "VMF "; the kernel is kept quiet so that they stay whole.
+PATH=/bin
+export PATH
+/bin/busybox --install -s /bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+exec </dev/console >/dev/console 2>&1
+
+fail() {
+    echo "VMF fatal reason=$1"
+    dmesg | tail -n 25
+    # Not exit: the kernel's panic would hide what has just been said.
+    sleep 100000
+}
+
+while read -r module; do
+    insmod "/modules/$module.ko" || fail "insmod-$module"
+done </modules/order
+
+# Prints the serial number of the block device whose sysfs folder is $1.
+serial_of() {
+    if [ -s "$1/serial" ]; then                # virtio-blk
+        cat "$1/serial"
+    elif [ -s "$1/device/serial" ]; then       # nvme, padded with spaces
+        cat "$1/device/serial"
+    elif [ -s "$1/device/vpd_pg80" ]; then     # sd, behind a header of 4 bytes
+        tail -c +5 "$1/device/vpd_pg80"
+    fi | tr -d ' \000\n'
+}
+
+# Sets $device to the disk with serial number $1. Not every bus has been scanned by now: it waits.
+find_disk() {
+    tries=0
+    while [ $tries -lt 150 ]; do
+        for folder in /sys/block/vd* /sys/block/sd* /sys/block/nvme?n?; do
+            if [ -e "$folder" ] && [ "$(serial_of "$folder")" = "$1" ]; then
+                device=/dev/${folder##*/}
+                [ -b "$device" ] && return
+            fi
+        done
+        tries=$((tries + 1))
+        usleep 100000
+    done
+    ls /sys/block
+    fail "no-disk-$1"
+}
+
+devices=""
+for id in $(echo "${disks:-}" | tr ',' ' '); do
+    find_disk "$id"
+    devices="$devices $device"
+done
+echo "VMF boot workload=${workload:-idle} disks=${disks:-} devices=$(echo $devices | tr ' ' ,)"
+
+if [ "${workload:-idle}" = idle ]; then
+    echo "VMF ready"
+else
+    writer "$workload" $devices
+    fail "writer-ended-$?"
+fi
+while :; do sleep 100000; done

@@ -1,0 +1,88 @@
+"""What a guest is made of: its disks and its workload.
+
+The three kinds of names differ on purpose, so that a mix-up shows: disk `vda` has the
+serial number `vda`, the node (or backend) `drive-vda` and the device `disk-vda`.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+MIB = 1 << 20
+Bus = Literal["virtio-blk", "virtio-scsi", "nvme", "ide"]
+Style = Literal["blockdev", "drive", "drive-if"]
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSpec:
+    """A disk of the guest.
+
+    style: `blockdev`: nodes named `drive-ID` and `file-ID`. `drive`: `-drive if=none,id=drive-ID`
+    and `-device`; node names are generated. `drive-if`: `-drive if=virtio` alone; one a VM, as its
+    serial number can only be set globally.
+    with_id: whether the device (for drive-if: the backend) has an id.
+    image: an existing image to be used; without it one is created in the VM's folder.
+    write_error_at_bytes: each write of that sector fails with EIO (blkdebug; blockdev style only;
+    an offset in the image file, so the guest's own only for raw).
+    """
+
+    id: str
+    size_bytes: int = 64 * MIB
+    format: Literal["qcow2", "raw"] = "qcow2"
+    bus: Bus = "virtio-blk"
+    iothread: bool = False
+    style: Style = "blockdev"
+    with_id: bool = True
+    readonly: bool = False
+    image: Path | None = None
+    write_error_at_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,20}", self.id):
+            raise ValueError(f"{self.id!r} cannot be a serial number on every bus")
+        if self.iothread and (self.bus in {"nvme", "ide"} or self.style == "drive-if"):
+            raise ValueError(f"{self.id}: {self.bus}, {self.style} takes no iothread")
+        if self.style == "drive-if" and self.bus != "virtio-blk":
+            raise ValueError(f"{self.id}: drive-if is virtio-blk")
+        if self.write_error_at_bytes is not None and self.style != "blockdev":
+            raise ValueError(f"{self.id}: errors are injected in blockdev style only")
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What the guest writes. Sizes in bytes, rate in writes a second over all disks; 0 = no limit.
+
+    disks: ids in writing order; none: all writable ones in the VM's order.
+    block_bytes and sweep concern `random` only.
+    """
+
+    kind: Literal["sequence", "random", "idle"] = "sequence"
+    disks: tuple[str, ...] = ()
+    rate: int = 0
+    block_bytes: int = 64 * 1024
+    region_bytes: int = 0
+    odirect: bool = True
+    sweep: bool = False
+
+    def on(self, disks: Sequence[DiskSpec]) -> "Workload":
+        """Return this workload with its disks named."""
+        if self.disks or self.kind == "idle":
+            return self
+        return replace(self, disks=tuple(disk.id for disk in disks if not disk.readonly))
+
+    def kernel_arguments(self, run: int, *, resume: bool) -> str:
+        """Return what init.sh and writer.c read."""
+        values = {
+            "workload": self.kind,
+            "disks": ",".join(self.disks),
+            "rate": self.rate,
+            "blocksize": self.block_bytes,
+            "region": self.region_bytes,
+            "odirect": int(self.odirect),
+            "sweep": int(self.sweep),
+            "run": run,
+            "resume": int(resume),
+        }
+        return " ".join(f"{name}={value}" for name, value in values.items())
