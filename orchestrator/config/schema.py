@@ -1,0 +1,269 @@
+"""The tables and keys of the configuration file. Pure.
+
+The descriptions and examples are what users see: in the JSON schema, in problems, and (held by a
+test) in config/vmfleece.toml and docs/configuration.md. Defaults are written as a user writes them.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from orchestrator.config.later import LATER
+from orchestrator.config.settings import LogFormat, LogLevel
+from orchestrator.config.values import (
+    AbsolutePath,
+    Calendar,
+    CbwTimeout,
+    Duration,
+    MaxRuns,
+    MinFree,
+    Name,
+    Patterns,
+    Quota,
+    Rate,
+    Socket,
+    one_of,
+    read_fleecing,
+)
+from orchestrator.model import Compression, Consistency, FleecingPolicy
+
+
+def _key(default: Any = ..., *, description: str, example: Any) -> Any:
+    # Any: defaults are written as in the file, and validated into the field's type.
+    return Field(default, description=description, examples=[example], validate_default=True)
+
+
+class Table(BaseModel):
+    """A TOML table; a key that it does not know is a problem."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+
+
+class DaemonTable(Table):
+    """The service itself."""
+
+    state_dir: AbsolutePath = _key(
+        "/var/lib/vmfleece",
+        description="Folder of the journal, the catalogue and the ledger.",
+        example="/var/lib/vmfleece",
+    )
+    run_dir: AbsolutePath = _key(
+        "/run/vmfleece",
+        description="Folder of the control socket.",
+        example="/run/vmfleece",
+    )
+    max_runs: MaxRuns = _key(
+        4, description="How many VMs are backed up at the same time at most.", example=4
+    )
+    log_format: Annotated[LogFormat, Field(strict=False), one_of(LogFormat)] = _key(
+        "json", description="How log lines are written.", example="json"
+    )
+    log_level: Annotated[LogLevel, Field(strict=False), one_of(LogLevel)] = _key(
+        "info", description="The least important log lines that are written.", example="info"
+    )
+    ledger: str = _key(
+        "sqlite", description="Where it is kept who holds which space.", example="sqlite"
+    )
+
+
+class StorageTable(Table):
+    """A place where fleecing images live while backups run."""
+
+    driver: str = _key(
+        "directory", description="What kind of storage it is: a folder.", example="directory"
+    )
+    path: AbsolutePath = _key(
+        description="Folder of the fleecing images; on a fast, local file system.",
+        example="/var/lib/vmfleece/fleecing",
+    )
+    quota: Quota = _key(
+        description="What all fleecing images of the storage together never exceed.",
+        example="200GiB",
+    )
+    min_free: MinFree = _key(
+        "10%",
+        description="What always stays free on the file system: a share of it, or a size.",
+        example="10%",
+    )
+    max_runs: MaxRuns | None = _key(
+        None,
+        description="How many runs use it at the same time at most; no limit if absent.",
+        example=2,
+    )
+
+
+class TargetTable(Table):
+    """A place where backups go."""
+
+    driver: str = _key(
+        "images", description="What kind of target it is: qcow2 files.", example="images"
+    )
+    path: AbsolutePath = _key(
+        description="Folder of the backups.",
+        example="/srv/backup/vms",
+    )
+    max_runs: MaxRuns | None = _key(
+        None,
+        description="How many runs write to it at the same time at most; no limit if absent.",
+        example=2,
+    )
+    compress: Annotated[Compression, Field(strict=False), one_of(Compression)] = _key(
+        "none",
+        description="How QEMU compresses the clusters that it writes.",
+        example="zstd",
+    )
+
+
+class VmTable(Table):
+    """A virtual machine."""
+
+    qmp: Socket = _key(
+        description="Socket of a QMP monitor that nobody else uses.",
+        example="/run/qemu/web01.qmp",
+    )
+    priority: Annotated[int, Field(ge=0, le=100)] = _key(
+        50, description="Who comes first where runs wait: higher first.", example=50
+    )
+    exclude_disks: Patterns = _key(
+        [],
+        description="Device ids of disks that are not backed up.",
+        example=["scratch0"],
+    )
+
+
+class FleecingTable(Table):
+    """Whether a backup uses fleecing images, and where."""
+
+    enabled: bool = _key(True, description="Whether to use fleecing images.", example=True)
+    storage: Name | None = _key(
+        None,
+        description="The storage to use; if absent the one that holds the disk's own image.",
+        example="local",
+    )
+
+    @model_validator(mode="after")
+    def _storage_is_used(self) -> "FleecingTable":
+        if self.storage is not None and not self.enabled:
+            raise ValueError(
+                f"storage {self.storage!r} is given but fleecing is off; "
+                "allowed: enabled=1 with a storage, or enabled=0 alone"
+            )
+        return self
+
+
+class JobTable(Table):
+    """Which VMs are backed up, when, to which target and how."""
+
+    schedule: Calendar | None = _key(
+        None,
+        description="When the job is due, in systemd's calendar syntax; only by hand if absent.",
+        example="mon..fri 02:30",
+    )
+    randomized_delay: Duration = _key(
+        "0s",
+        description="Starts up to this much later, the same for the same due time and host.",
+        example="15min",
+    )
+    repeat_missed: bool = _key(
+        False,
+        description="Whether a due time that passed while the service was down is made up for.",
+        example=True,
+    )
+    vms: Annotated[Patterns, Field(min_length=1)] = _key(
+        description="Names of VMs, or patterns with *, ? and [...].",
+        example=["web*", "db01"],
+    )
+    exclude: Patterns = _key(
+        [],
+        description="Names or patterns of VMs that vms matches but shall not.",
+        example=["web99"],
+    )
+    target: Name = _key(description="The target that the backups go to.", example="main")
+    fleecing: Annotated[
+        FleecingTable | None,
+        BeforeValidator(lambda given: given if given is None else read_fleecing(given)),
+    ] = _key(
+        None,
+        description="Whether to use fleecing images and where, as vzdump writes it, or a table. "
+        "Absent: used where it can be had.",
+        example="enabled=1,storage=local",
+    )
+    fleecing_policy: (
+        Annotated[FleecingPolicy, Field(strict=False), one_of(FleecingPolicy)] | None
+    ) = _key(
+        None,
+        description="Where fleecing cannot be had, require fails and prefer backs up without it. "
+        "Absent: require if the job has fleecing, else prefer.",
+        example="require",
+    )
+    consistency: Annotated[Consistency, Field(strict=False), one_of(Consistency)] = _key(
+        "pause",
+        description="How all disks get one point in time: pause stops the guest for milliseconds.",
+        example="pause",
+    )
+    cbw_timeout: CbwTimeout = _key(
+        "10s",
+        description="How long a guest's write waits for its old data to be saved, at most.",
+        example="10s",
+    )
+    bwlimit: Rate = _key(
+        "0",
+        description="Reading speed for each disk: KiB/s, or with a unit; 0 is no limit.",
+        example="50MiB",
+    )
+    full_every: int = _key(
+        0, description="Length of a chain of incremental backups; 0: full when needed.", example=0
+    )
+    retries: Annotated[int, Field(ge=0, le=10)] = _key(
+        2, description="How often a run that failed is tried again.", example=2
+    )
+
+
+class File(Table):
+    """The configuration of vmfleece."""
+
+    daemon: DaemonTable = Field(default_factory=DaemonTable)
+    storage: dict[Name, StorageTable] = Field({}, description="Storages by name.")
+    target: dict[Name, TargetTable] = Field({}, description="Targets by name.")
+    vm: dict[Name, VmTable] = Field({}, description="VMs by name.")
+    job: dict[Name, JobTable] = Field({}, description="Jobs by name.")
+
+
+NAMED: dict[str, type[Table]] = {
+    "storage": StorageTable,
+    "target": TargetTable,
+    "vm": VmTable,
+    "job": JobTable,
+}
+SECTIONS: dict[str, type[Table]] = {"daemon": DaemonTable, **NAMED}
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of the file, without what is not available yet."""
+    schema = File.model_json_schema()
+    tables = {
+        name: schema["$defs"][table.__name__]["properties"] for name, table in SECTIONS.items()
+    }
+    for properties in (*tables.values(), schema["$defs"]["FleecingTable"]["properties"]):
+        for definition in properties.values():
+            _leave_out_null(definition)
+    tables["job"]["fleecing"] = {
+        "anyOf": [{"type": "string"}, {"$ref": "#/$defs/FleecingTable"}],
+        **{key: tables["job"]["fleecing"][key] for key in ("description", "examples")},
+    }
+    for later in LATER:
+        if later.only is not None:
+            tables[later.section][later.key]["const"] = later.only
+        for value in later.values:
+            tables[later.section][later.key]["enum"].remove(value)
+    for name in NAMED:
+        schema["properties"][name]["additionalProperties"] = False
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _leave_out_null(definition: dict[str, Any]) -> None:
+    # TOML has no null: such a key is left out.
+    if "default" in definition and definition["default"] is None:
+        del definition["default"]
+        kinds = definition.pop("anyOf")
+        definition.update(next(kind for kind in kinds if kind != {"type": "null"}))

@@ -1,0 +1,111 @@
+"""What the configuration says, as frozen plain values for every other layer."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import ConfigError
+from orchestrator.model import Compression, RunOptions, Vm
+from orchestrator.units import Share
+
+
+class LogFormat(StrEnum):
+    """How log lines are written."""
+
+    JSON = "json"
+    CONSOLE = "console"
+
+
+class LogLevel(StrEnum):
+    """The least important log lines that are written."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonSettings:
+    """The service itself. `max_runs` over all storages and targets."""
+
+    state_dir: Path
+    run_dir: Path
+    max_runs: int
+    log_format: LogFormat
+    log_level: LogLevel
+
+
+@dataclass(frozen=True, slots=True)
+class StorageSettings:
+    """A storage of fleecing images. `max_runs` None: no limit."""
+
+    name: str
+    path: Path
+    quota_bytes: int
+    min_free: Share | int
+    max_runs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TargetSettings:
+    """A target of backups. `max_runs` None: no limit."""
+
+    name: str
+    path: Path
+    compress: Compression = Compression.NONE
+    max_runs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobSettings:
+    """A job. `vms` are the VMs that its patterns select, `schedule` None: only by hand."""
+
+    name: str
+    vms: tuple[str, ...]
+    options: RunOptions
+    schedule: str | None
+    randomized_delay_seconds: float
+    repeat_missed: bool
+    retries: int
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One key in effect: `value` as TOML has it, None: not set; `origin` FILE:LINE or default."""
+
+    key: str
+    value: Any
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A configuration without a problem. `settings` are all keys with where they come from."""
+
+    path: Path
+    daemon: DaemonSettings
+    storage: dict[str, StorageSettings]
+    target: dict[str, TargetSettings]
+    vm: dict[str, Vm]
+    job: dict[str, JobSettings]
+    settings: tuple[Setting, ...]
+
+    def vms(self) -> dict[str, Vm]:
+        """Return the VMs by name, in the file's order."""
+        return dict(self.vm)
+
+    def job_vms(self, job_name: str) -> list[str]:
+        """Return the names of the VMs that a job backs up, in the file's order."""
+        return list(self._job(job_name).vms)
+
+    def run_options(self, job_name: str) -> RunOptions:
+        """Return how a job backs up each of its VMs."""
+        return self._job(job_name).options
+
+    def _job(self, name: str) -> JobSettings:
+        if name not in self.job:
+            known = ", ".join(self.job) or "none"
+            raise ConfigError(f"there is no job {name!r} in {self.path}", hint=f"jobs: {known}")
+        return self.job[name]

@@ -1,0 +1,124 @@
+"""The types of single values: how each is read, and what is allowed. Pure.
+
+A refusal is a ValueError that says what was given and what is allowed.
+"""
+
+import re
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+
+from orchestrator.config.properties import FLEECING_ALLOWED, parse_fleecing_properties
+from orchestrator.units import (
+    MIB,
+    Share,
+    format_size,
+    parse_calendar,
+    parse_duration,
+    parse_rate,
+    parse_share_or_size,
+    parse_size,
+)
+
+# The smallest amount that a fleecing image can usefully get.
+SMALLEST_QUOTA_BYTES = 64 * MIB
+
+_LONGEST_CBW_TIMEOUT_SECONDS = 45
+_LONGEST_SOCKET_BYTES = 107  # sun_path of unix(7), without the closing zero
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+def _check_name(given: str) -> str:
+    if not _NAME.fullmatch(given):
+        raise ValueError(
+            f"{given!r} is no name; allowed: 1 to 64 letters, digits, '_', '.' or '-', "
+            "beginning with a letter or digit"
+        )
+    return given
+
+
+def _check_path(given: Path) -> Path:
+    if not given.is_absolute() or not str(given).isprintable():
+        raise ValueError(f"{str(given)!r} is no path; allowed: an absolute one, such as '/srv'")
+    return given
+
+
+def _check_socket(given: Path) -> Path:
+    length = len(str(given).encode())
+    if length > _LONGEST_SOCKET_BYTES:
+        allowed = f"allowed for a socket: {_LONGEST_SOCKET_BYTES}"
+        raise ValueError(f"{str(given)!r} is {length} bytes long; {allowed}")
+    return given
+
+
+def _check_quota(size_bytes: int) -> int:
+    if size_bytes < SMALLEST_QUOTA_BYTES:
+        least = format_size(SMALLEST_QUOTA_BYTES)
+        raise ValueError(
+            f"{format_size(size_bytes)} is too small; allowed: at least {least}, the smallest "
+            "amount that a fleecing image can usefully get"
+        )
+    return size_bytes
+
+
+def _parse_cbw_timeout(given: str | float) -> int:
+    seconds = parse_duration(given)
+    allowed = f"allowed: whole seconds from 1s to {_LONGEST_CBW_TIMEOUT_SECONDS}s"
+    if seconds == 0:
+        raise ValueError(f"{given!r} would let a guest's write wait without end; {allowed}")
+    if seconds > _LONGEST_CBW_TIMEOUT_SECONDS:
+        reason = "virtio on Windows gives up on a write after 60 s"
+        raise ValueError(f"{given!r} is too long: {reason}; {allowed}")
+    if not seconds.is_integer():
+        raise ValueError(f"{given!r} is not in whole seconds; {allowed}")
+    return int(seconds)
+
+
+def _check_calendar(given: str) -> str:
+    parse_calendar(given)
+    return given.strip()
+
+
+def read_fleecing(given: Any) -> Any:
+    """Return what a table of fleecing would hold, for a property string too."""
+    if isinstance(given, str):
+        return parse_fleecing_properties(given)
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{given!r} says nothing about fleecing; allowed: {FLEECING_ALLOWED}")  # noqa: TRY004
+    return given
+
+
+def _text_or_number(number: str) -> WithJsonSchema:
+    return WithJsonSchema({"type": ["string", number]})
+
+
+def one_of(values: type[StrEnum]) -> WithJsonSchema:
+    """Return the JSON schema of one of an enumeration's values."""
+    return WithJsonSchema({"type": "string", "enum": [value.value for value in values]})
+
+
+Name = Annotated[
+    str,
+    AfterValidator(_check_name),
+    WithJsonSchema({"type": "string", "pattern": f"^{_NAME.pattern}$"}),
+]
+AbsolutePath = Annotated[
+    Path,
+    Field(strict=False),
+    AfterValidator(_check_path),
+    WithJsonSchema({"type": "string", "pattern": "^/"}),
+]
+Socket = Annotated[AbsolutePath, AfterValidator(_check_socket)]
+Quota = Annotated[
+    int, AfterValidator(_check_quota), BeforeValidator(parse_size), _text_or_number("integer")
+]
+MinFree = Annotated[Share | int, BeforeValidator(parse_share_or_size), _text_or_number("integer")]
+Rate = Annotated[int, BeforeValidator(parse_rate), _text_or_number("integer")]
+Duration = Annotated[float, BeforeValidator(parse_duration), _text_or_number("number")]
+CbwTimeout = Annotated[int, BeforeValidator(_parse_cbw_timeout), _text_or_number("number")]
+Calendar = Annotated[str, AfterValidator(_check_calendar)]
+Patterns = list[Annotated[str, Field(min_length=1)]]
+MaxRuns = Annotated[int, Field(ge=1)]
