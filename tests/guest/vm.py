@@ -10,8 +10,8 @@ against a disk in an iothread, and the devices are noted before anybody changes 
 """
 
 import asyncio
-import contextlib
 import secrets
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +26,8 @@ from tests.guest.command import (
     monitor_arguments,
 )
 from tests.guest.console import StatLine
-from tests.guest.monitor import BedMonitor, MonitorLostError
+from tests.guest.monitor import MonitorLostError
+from tests.guest.process import QemuProcess
 from tests.guest.spec import MIB, DiskSpec, Workload
 
 __all__ = ["MIB", "DiskSpec", "GuestFailureError", "GuestVm", "StatLine", "Workload"]
@@ -60,21 +61,20 @@ class GuestVm:
         self.workload = workload  # may be replaced before a start
         self.run = secrets.randbits(63)
         self.initially_paused = initially_paused
-        self.pid: int | None = None
         self.first_nodes: dict[str, str] = {}
         self._command = [qemu] if isinstance(qemu, str) else list(qemu)
         self._qemu_img = qemu_img
         self._cdrom = cdrom
         self._extra_args = list(extra_args)
         self._memory_mib = memory_mib
-        self._process: asyncio.subprocess.Process | None = None
-        self._monitor: BedMonitor | None = None
+        self._qemu: QemuProcess | None = None
+        self._exit_code: int | None = None
         self._qdevs: dict[str, str] = {}
         self._status = "shutdown"
         self._starts = 0
         self._sockets = folder
         if len(str(folder.absolute())) > SOCKET_PATH_MAX - len("/product.sock"):
-            self._sockets = Path(tempfile.mkdtemp(prefix="vmf-"))
+            self._sockets = Path(tempfile.gettempdir()) / f"vmf-{secrets.token_hex(6)}"
 
     @property
     def product_socket(self) -> Path:
@@ -117,11 +117,11 @@ class GuestVm:
 
     async def start(self) -> None:
         """Create missing images, start QEMU, and let the guest run unless `initially_paused`."""
-        if self._process is not None:
+        if self._qemu is not None:
             raise GuestFailureError("the VM has been started already")
         files = await asyncio.to_thread(build.ensure)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._sockets.mkdir(exist_ok=True)
+        self._sockets.mkdir(mode=0o700, exist_ok=True)
         for disk in self.disks:
             path = self.image_path(disk.id)
             if not path.exists():
@@ -129,14 +129,7 @@ class GuestVm:
         self._starts += 1
         self.console_path.unlink(missing_ok=True)
         command = [*self._command, *self._arguments(files)]
-        with self.stderr_path.open("wb") as stderr:
-            self._process = await asyncio.create_subprocess_exec(
-                *("setpriv", "--pdeathsig", "KILL", "--", *command),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=stderr,
-                stderr=stderr,
-            )
-        self.pid = self._process.pid
+        self._qemu = await QemuProcess.start(command, stderr=self.stderr_path)
         try:
             await self._look_at_devices()
             self._status = "prelaunch"
@@ -148,28 +141,25 @@ class GuestVm:
 
     async def stop(self) -> None:
         """End QEMU and reap it: `quit`, else SIGKILL. Harmless when it has ended already."""
-        process, self._process = self._process, None
-        monitor, self._monitor = self._monitor, None
+        qemu, self._qemu = self._qemu, None
+        self._status = "shutdown"
+        if qemu is None:
+            return
         try:
-            if process is not None and process.returncode is None:
-                await _end(process, monitor)
+            await qemu.end()
         finally:
-            if process is not None and process.returncode is None:
-                process.kill()
-                await process.wait()
-            if monitor is not None:
-                await monitor.close()
-            self._status = "shutdown"
-            self.pid = None
+            self._exit_code = qemu.exit_code
             if self._sockets != self.folder:
-                for name in ("product.sock", "testbed.sock"):
-                    (self._sockets / name).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):
-                    self._sockets.rmdir()
+                shutil.rmtree(self._sockets, ignore_errors=True)
 
     def alive(self) -> bool:
         """Whether QEMU's process is there."""
-        return self._process is not None and self._process.returncode is None
+        return self._qemu is not None and self._qemu.alive
+
+    @property
+    def pid(self) -> int | None:
+        """QEMU's process id."""
+        return self._qemu.pid if self._qemu else None
 
     async def pause(self) -> None:
         """Stop the guest's processor; QEMU flushes all disks."""
@@ -191,10 +181,10 @@ class GuestVm:
         deadline_seconds: float = 20.0,
     ) -> Any:
         """Run a command on the test bed's monitor. Raises qemu.qmp's ExecuteError on refusal."""
-        if self._monitor is None:
+        if self._qemu is None:
             self.fail(f"{command}: the VM is not started")
         try:
-            return await self._monitor.execute(command, arguments, deadline_seconds)
+            return await self._qemu.execute(command, arguments, deadline_seconds)
         except MonitorLostError as error:
             self.fail(str(error), error)
 
@@ -216,7 +206,7 @@ class GuestVm:
 
     def pauses_seconds(self) -> list[float]:
         """Return how long the VM stood still each time it was stopped and continued, by anybody."""
-        return list(self._monitor.pauses.pauses_seconds) if self._monitor else []
+        return list(self._qemu.monitor.pauses.pauses_seconds) if self._qemu else []
 
     async def block_stats(self) -> dict[str, dict[str, Any]]:
         """Return query-blockstats' `stats` of each disk, whatever node it is on now."""
@@ -298,7 +288,7 @@ class GuestVm:
 
     def fail(self, what: str, cause: BaseException | None = None) -> NoReturn:
         """Raise GuestFailureError with all there is to see."""
-        code = self._process.returncode if self._process else None
+        code = self._qemu.exit_code if self._qemu else self._exit_code
         process = f"pid {self.pid}, exit code {code}"
         raise GuestFailureError(
             f"{what}\n{process}\n--- console ---\n{console.tail(self.console_path)}\n"
@@ -331,10 +321,10 @@ class GuestVm:
         return arguments + self._extra_args
 
     async def _look_at_devices(self) -> None:
-        monitor = self._monitor = BedMonitor()
+        assert self._qemu is not None
         try:
-            await monitor.connect(self._sockets / "testbed.sock", self.alive, 20.0)
-        except (MonitorLostError, TimeoutError) as error:
+            await self._qemu.connect(self._sockets / "testbed.sock")
+        except MonitorLostError as error:
             self.fail("QEMU did not start", error)
         entries = await self.execute("query-block")
         for disk in self.disks:
@@ -351,11 +341,3 @@ class GuestVm:
         inserted = entry.get("inserted", {})
         path = str(self.image_path(disk.id).absolute())
         return name in {entry["device"], inserted.get("node-name")} or inserted.get("file") == path
-
-
-async def _end(process: asyncio.subprocess.Process, monitor: BedMonitor | None) -> None:
-    if monitor is not None:
-        with contextlib.suppress(Exception):  # killing is what is left
-            await monitor.execute("quit", None, 3.0)
-            async with asyncio.timeout(5):
-                await process.wait()
