@@ -11,6 +11,7 @@
     ├── AdmissionError       what is wanted can never be granted
     ├── StorageError         a storage of fleecing images
     ├── TargetError          a target of backups
+    ├── ToolError            qemu-img, qemu-nbd or nbdcopy failed or is missing
     ├── FleecingError        the snapshot broke: image full, slow or broken   retryable
     ├── CopyError            the job that copies failed for another reason    retryable
     └── StateError           state_dir: locked or unreadable
@@ -119,6 +120,12 @@ class TargetError(VmfleeceError):
     """A target cannot take or give back a snapshot."""
 
     code = "target"
+
+
+class ToolError(VmfleeceError):
+    """One of QEMU's or libnbd's tools failed or is not installed."""
+
+    code = "tool-failed"
 
 
 class FleecingError(VmfleeceError):

@@ -84,7 +84,8 @@ class Disk:
     """One block device of a VM, as QEMU describes it.
 
     `id` is the device's id (`vda`), `node` the node-name it is on, `device_path` the QOM path whose property
-    `drive` puts it on another node. `image` is the file behind it, if QEMU names one.
+    `drive` puts it on another node, `node_driver` that node's driver (`qcow2`).
+    `image` is the local file behind it, if there is one.
     `size_bytes` is the virtual size, always a multiple of 512.
     """
 
@@ -92,14 +93,11 @@ class Disk:
     node: str
     device_path: str
     size_bytes: int
-    format: str
-    bus: str
+    node_driver: str
     image: str | None
-    iothread: bool = False
     read_only: bool = False
     removable: bool = False
     empty: bool = False
-    node_driver: str = ""
 
 
 @dataclass(frozen=True, slots=True)

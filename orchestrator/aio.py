@@ -1,0 +1,146 @@
+"""The few asyncio idioms that everything here is built from.
+
+Invariants: no task outlives the block that started it; what must be undone is undone in one task that repeated
+cancellation cannot interrupt; a child process never outlives its caller.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import structlog
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+A = TypeVar("A")
+UndoAct = Callable[[], Awaitable[object]]
+
+
+@contextlib.asynccontextmanager
+async def background(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run coroutines beside the block and cancel them at its end.
+
+    An error of the block comes out as it is (a TaskGroup alone would wrap it); an error of a coroutine is a bug,
+    ends the block and comes out as an ExceptionGroup.
+    """
+    failure: BaseException | None = None
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(coroutine) for coroutine in coroutines]
+        try:
+            yield
+        except BaseException as error:  # noqa: BLE001  raised again below, outside the group
+            failure = error
+        finally:
+            for task in tasks:
+                task.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def finish(work: Coroutine[Any, Any, T]) -> T:
+    """Await `work` to its end even if the caller is cancelled meanwhile, however often.
+
+    Raises CancelledError afterwards if the caller was cancelled.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    result = task.result()
+    if cancelled is not None:
+        raise cancelled
+    return result
+
+
+async def in_thread(function: Callable[[A], T], argument: A, *, end: Callable[[], object]) -> T:
+    """Run blocking work in a thread. On cancellation, `end` is called to make it stop, and it is awaited."""
+    task = asyncio.ensure_future(asyncio.to_thread(function, argument))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        end()
+        await finish(_done(task))
+        raise
+
+
+async def _done(task: "asyncio.Future[Any]") -> None:
+    await asyncio.wait([task])
+
+
+@dataclass(frozen=True, slots=True)
+class _Undo:
+    name: str
+    act: UndoAct
+
+
+class UndoStack:
+    """Steps that put things back, run last first. Each step must be idempotent.
+
+    Push the undo *before* acting: the act may succeed although nobody saw it.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[_Undo] = []
+
+    def push(self, name: str, act: UndoAct) -> None:
+        """Remember how to put back what is about to be done."""
+        self._steps.append(_Undo(name, act))
+
+    async def unwind(self, *, step_deadline_seconds: float) -> list[str]:
+        """Run all steps, each within its deadline, whatever fails. Returns the names of steps that failed.
+
+        Cancellation does not interrupt it; it is raised again at the end.
+        """
+        failed: list[str] = []
+
+        async def run_all() -> None:
+            while self._steps:
+                step = self._steps.pop()
+                try:
+                    async with asyncio.timeout(step_deadline_seconds):
+                        await step.act()
+                except Exception as error:  # noqa: BLE001  one failed step must not stop the others
+                    failed.append(step.name)
+                    log.warning(
+                        "undo.failed", step=step.name, error=str(error) or type(error).__name__
+                    )
+
+        await finish(run_all())
+        return failed
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """How a child process ended. `stderr` is its last words, decoded."""
+
+    returncode: int
+    stdout: bytes
+    stderr: str
+
+
+async def run_process(
+    argv: Sequence[str], *, pass_fds: Sequence[int] = ()
+) -> Finished:
+    """Run a program to its end. Raises FileNotFoundError; cancellation kills the program."""
+    process = await asyncio.create_subprocess_exec(
+        *argv,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        pass_fds=tuple(pass_fds),
+    )
+    try:
+        stdout, stderr = await process.communicate()
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await finish(process.communicate())
+        raise
+    assert process.returncode is not None  # noqa: S101  communicate() waited for it
+    return Finished(process.returncode, stdout, stderr.decode(errors="replace").strip())

@@ -1,0 +1,246 @@
+"""Putting the copy-before-write filters in, and taking everything of ours out again.
+
+    guest device ── copy-before-write ── disk node
+                         │ target
+                         └── fleecing image, or the backup target itself
+    snapshot-access ── copy-before-write
+
+A wrong order kills the guest. Filters and snapshot-access nodes go in only while the guest is paused; a job is
+dismissed before its nodes go; the snapshot-access node goes before the device gets its own node back, and only
+then the filter. On a QEMU without discard-source the guest is paused for taking out, too.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from orchestrator.errors import CommandFailed, MonitorError, TargetError
+from orchestrator.fleecing.names import CBW, DISMANTLING, FLEECING, DiskNames, role_of
+from orchestrator.model import Disk
+from orchestrator.qemu import commands, inventory, jobs
+from orchestrator.qemu.capabilities import Capabilities
+from orchestrator.qemu.commands import Command
+from orchestrator.qemu.monitor import Event, Monitor, raise_first
+
+log = structlog.get_logger(__name__)
+
+JOB_END_SECONDS = 60.0
+REQUERY_SECONDS = 1.0
+FLUSH_SECONDS = 600.0
+PAUSE_EVENT_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """One disk's filter: what it is called, and the node that takes the old data."""
+
+    disk: Disk
+    names: DiskNames
+    old_data: str
+
+
+async def attach_target(monitor: Monitor, names: DiskNames, descriptor: int) -> None:
+    """Give QEMU the qcow2 file that a disk's content goes to. Undone by `dismantle`."""
+    fdset = await monitor.pass_descriptor(descriptor, opaque=names.target_file)
+    file = {
+        "driver": "file",
+        "node-name": names.target_file,
+        "filename": f"/dev/fdset/{fdset}",
+        "discard": "unmap",
+    }
+    await monitor.execute(commands.blockdev_add(file))
+    await monitor.execute(commands.remove_fd(fdset))
+    await monitor.execute(
+        commands.blockdev_add(commands.image_node(names.target, file=names.target_file))
+    )
+
+
+async def take_snapshot(
+    monitor: Monitor, filters: Sequence[Filter], *, cbw_timeout_seconds: int, running: bool
+) -> float | None:
+    """Make one point in time over all disks, while the guest is paused.
+
+    All commands are sent at once, so `cont` follows whatever happens to the others and to us. Returns how long
+    the guest was paused, in milliseconds by QEMU's clock; None if it was not running before.
+    Raises the first refusal. Undone by `dismantle`; cancellation may leave it done.
+    """
+    inserting = insertion(filters, cbw_timeout_seconds=cbw_timeout_seconds)
+    if not running:
+        raise_first(await monitor.pipeline(inserting))
+        return None
+    with monitor.subscribe("STOP", "RESUME") as events:
+        replies = await monitor.pipeline([commands.STOP, *inserting, commands.CONT])
+        raise_first(replies)
+        async with asyncio.timeout(PAUSE_EVENT_SECONDS):
+            stop = await _next(events.next, "STOP")
+            resume = await _next(events.next, "RESUME")
+    return (resume.timestamp - stop.timestamp) * 1000
+
+
+def insertion(filters: Sequence[Filter], *, cbw_timeout_seconds: int) -> list[Command]:
+    """What is sent between `stop` and `cont`, in order. Pure."""
+    cbws = [
+        commands.blockdev_add(
+            commands.cbw_node(
+                one.names.cbw,
+                file=one.disk.node,
+                target=one.old_data,
+                timeout_seconds=cbw_timeout_seconds,
+            )
+        )
+        for one in filters
+    ]
+    drives = [commands.set_drive(one.disk.device_path, one.names.cbw) for one in filters]
+    snapshots = [
+        commands.blockdev_add(
+            commands.snapshot_access_node(one.names.snapshot, cbw=one.names.cbw)
+        )
+        for one in filters
+    ]
+    return [*cbws, *drives, *snapshots]
+
+
+async def _next(source: Any, name: str) -> Event:
+    while True:
+        event: Event = await source()
+        if event.name == name:
+            return event
+
+
+async def release(monitor: Monitor, names: DiskNames, capabilities: Capabilities) -> None:
+    """Take out a disk that was copied, and make sure that all of its copy has reached the target's file.
+
+    Raises TargetError if QEMU could not write all of it: deleting a node alone would hide that.
+    """
+    await end_jobs(monitor, names.prefix)
+    await _take_out(monitor, names.prefix, capabilities, roles=FLEECING)
+    try:
+        # Reopening flushes the format driver's caches and the file, and reports errors
+        # (block.c, bdrv_reopen_prepare).
+        await monitor.execute(
+            commands.reopen(commands.image_node(names.target, file=names.target_file)),
+            deadline_seconds=FLUSH_SECONDS,
+        )
+    except CommandFailed as error:
+        raise TargetError(
+            f"the backup could not be written out: {error.description}",
+            hint="is the target's file system full or failing?",
+            code="target-write-failed",
+        ) from error
+    await _take_out(monitor, names.prefix, capabilities, roles=DISMANTLING)
+
+
+async def dismantle(monitor: Monitor, prefix: str, capabilities: Capabilities) -> None:
+    """Take out everything whose name begins with `prefix`, however much of it is there.
+
+    It asks QEMU what there is, so it may be called at any time and again. Raises MonitorError if something
+    could not be taken out.
+    """
+    await end_jobs(monitor, prefix)
+    await _take_out(monitor, prefix, capabilities, roles=DISMANTLING)
+
+
+async def _take_out(
+    monitor: Monitor, prefix: str, capabilities: Capabilities, *, roles: Sequence[str]
+) -> None:
+    taking_out = removal(
+        prefix,
+        roles=roles,
+        nodes=await monitor.execute(commands.QUERY_NODES),
+        block=await monitor.execute(commands.QUERY_BLOCK),
+        graph=await monitor.execute(commands.QUERY_GRAPH),
+    )
+    status = await monitor.execute(commands.QUERY_STATUS)
+    if taking_out and status["running"] and not capabilities.discard_source:
+        taking_out = [commands.STOP, *taking_out, commands.CONT]
+    replies = await monitor.pipeline(taking_out) if taking_out else []
+    for fdset in await monitor.execute(commands.QUERY_FDSETS):
+        if any(fd.get("opaque", "").startswith(prefix) for fd in fdset["fds"]):
+            replies += await monitor.pipeline([commands.remove_fd(fdset["fdset-id"])])
+    refused = [str(reply) for reply in replies if isinstance(reply, CommandFailed)]
+    if refused:
+        raise MonitorError(
+            f"could not take everything of vmfleece out of QEMU: {'; '.join(refused)}",
+            hint="the guest goes on; the next backup of this VM tries again",
+            code="leftovers",
+        )
+
+
+def removal(
+    prefix: str,
+    *,
+    roles: Sequence[str],
+    nodes: Sequence[dict[str, Any]],
+    block: Sequence[dict[str, Any]],
+    graph: dict[str, Any],
+) -> list[Command]:
+    """The commands that take out our nodes, in the order that QEMU survives. Pure."""
+    names = [node["node-name"] for node in nodes]
+    ours = [name for name in names if name.startswith(prefix) and role_of(name) in roles]
+    below = nodes_below(graph)
+    ordered = sorted(ours, key=lambda node: DISMANTLING.index(role_of(node)))
+    found: list[Command] = []
+    for node in ordered:
+        if role_of(node) == CBW:
+            found += [
+                commands.set_drive(path, below[node]) for path in _devices_on(node, block)
+            ]
+        found.append(commands.blockdev_del(node))
+    return found
+
+
+def nodes_below(graph: dict[str, Any]) -> dict[str, str]:
+    """The `file` child of each node, by name, from x-debug-query-block-graph.
+
+    It is QEMU's only answer to what is below a filter, and is truer than any memory of ours.
+    """
+    names = {node["id"]: node["name"] for node in graph["nodes"]}
+    return {
+        names[edge["parent"]]: names[edge["child"]]
+        for edge in graph["edges"]
+        if edge["name"] == "file"
+    }
+
+
+def _devices_on(node: str, block: Sequence[dict[str, Any]]) -> list[str]:
+    return [disk.device_path for disk in inventory.disks(block) if disk.node == node]
+
+
+async def end_jobs(monitor: Monitor, prefix: str) -> None:
+    """Cancel and dismiss our jobs, and wait until they are gone. Raises MonitorError if one does not end."""
+    with monitor.subscribe(*jobs.EVENTS) as events:
+        try:
+            async with asyncio.timeout(JOB_END_SECONDS):
+                while running := await _cancel_and_dismiss(monitor, prefix):
+                    try:
+                        async with asyncio.timeout(REQUERY_SECONDS):
+                            await events.next()
+                    except TimeoutError:
+                        log.debug("job.ending", jobs=running)
+        except TimeoutError as error:
+            raise MonitorError(
+                f"block jobs did not end within {JOB_END_SECONDS:g} s of being cancelled",
+                hint="the backup's target does not answer; the guest goes on",
+                code="job-stuck",
+            ) from error
+
+
+async def _cancel_and_dismiss(monitor: Monitor, prefix: str) -> list[str]:
+    """One step towards no jobs of ours; returns those that are still there."""
+    left = [
+        job
+        for job in await monitor.execute(commands.QUERY_JOBS)
+        if job["id"].startswith(prefix) and job["status"] != "null"
+    ]
+    await monitor.pipeline(
+        [
+            commands.dismiss_job(job["id"])
+            if job["status"] == "concluded"
+            else commands.cancel_job(job["id"])
+            for job in left
+        ]
+    ) if left else None
+    return [job["id"] for job in left]

@@ -1,0 +1,75 @@
+"""How our objects in QEMU are called: `vmf-<run>-<number of the disk>-<role>`. Pure.
+
+QEMU allows 31 characters for a node's name, so a disk is named by its number in the run.
+"""
+
+from dataclasses import dataclass
+
+from orchestrator.qemu.commands import PREFIX
+
+SNAPSHOT, CBW, IMAGE, GRANT, FILE, TARGET, TARGET_FILE = (
+    *("snap", "cbw", "img", "grant", "file"),
+    *("target", "tfile"),
+)
+FLEECING = (SNAPSHOT, CBW, IMAGE, GRANT, FILE)
+DISMANTLING = (*FLEECING, TARGET, TARGET_FILE)
+"""The order in which nodes can be deleted: parents first."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskNames:
+    """The names of one disk's objects in one run."""
+
+    run: str
+    number: int
+
+    @property
+    def prefix(self) -> str:
+        return f"{PREFIX}{self.run}-{self.number}-"
+
+    @property
+    def snapshot(self) -> str:
+        return self.prefix + SNAPSHOT
+
+    @property
+    def cbw(self) -> str:
+        return self.prefix + CBW
+
+    @property
+    def image(self) -> str:
+        return self.prefix + IMAGE
+
+    @property
+    def grant(self) -> str:
+        return self.prefix + GRANT
+
+    @property
+    def file(self) -> str:
+        return self.prefix + FILE
+
+    @property
+    def target(self) -> str:
+        return self.prefix + TARGET
+
+    @property
+    def target_file(self) -> str:
+        return self.prefix + TARGET_FILE
+
+    @property
+    def job(self) -> str:
+        return self.prefix + "copy"
+
+
+def run_prefix(run: str) -> str:
+    """What the names of all objects of a run begin with."""
+    return f"{PREFIX}{run}-"
+
+
+def run_of(name: str) -> str:
+    """The run that an object of ours belongs to, by its name."""
+    return name.removeprefix(PREFIX).partition("-")[0]
+
+
+def role_of(node: str) -> str:
+    """What a node of ours is for."""
+    return node.rpartition("-")[2]

@@ -1,0 +1,47 @@
+"""What a QEMU can do, read from its own schema. Pure; versions are never compared.
+
+Source: qapi/introspect.json. Names of types in the schema are meaningless numbers, so a feature is found by
+following the types from a command to the member that it needs.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """The features that decide how a backup is made.
+
+    `break_snapshot`: a failing copy breaks the backup, not the guest (without it there is no safe backup).
+    `discard_source`: block jobs move the boundary as they copy. Where it is, grants can also be extended and
+    filters be taken out while the guest runs; where it is not, neither is safe (QEMU aborts).
+    """
+
+    break_snapshot: bool
+    snapshot_access: bool
+    discard_source: bool
+
+
+def from_schema(schema: Iterable[Mapping[str, Any]]) -> Capabilities:
+    """Read the reply of query-qmp-schema."""
+    entities = {entity["name"]: entity for entity in schema}
+    backup = _members(entities, entities["blockdev-backup"]["arg-type"])
+    drivers = _variants(entities, entities["blockdev-add"]["arg-type"])
+    filter_members = _members(entities, drivers.get("copy-before-write"))
+    return Capabilities(
+        break_snapshot={"on-cbw-error", "cbw-timeout"} <= filter_members,
+        snapshot_access="snapshot-access" in drivers,
+        discard_source="discard-source" in backup,
+    )
+
+
+def _members(entities: Mapping[str, Mapping[str, Any]], type_name: str | None) -> set[str]:
+    entity = entities.get(type_name or "", {})
+    return {member["name"] for member in entity.get("members", [])}
+
+
+def _variants(entities: Mapping[str, Mapping[str, Any]], type_name: str) -> dict[str, str]:
+    return {
+        variant["case"]: variant["type"] for variant in entities[type_name].get("variants", [])
+    }

@@ -1,0 +1,158 @@
+"""QMP commands as data: what is sent, in which shape. Pure.
+
+Sources: QEMU's qapi/block-core.json, qapi/misc.json, qapi/qom.json, qapi/job.json. Every command that a run uses
+is built here, so that a reader sees all that we ever ask of a QEMU.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+PREFIX = "vmf-"
+"""All our nodes, jobs and descriptor sets are named so; nothing else in QEMU is ever touched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One QMP command. `arguments` must be JSON."""
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+def blockdev_add(options: Mapping[str, Any]) -> Command:
+    return Command("blockdev-add", dict(options))
+
+
+def blockdev_del(node: str) -> Command:
+    return Command("blockdev-del", {"node-name": node})
+
+
+def set_drive(device_path: str, node: str) -> Command:
+    """Put a guest device on another node while it runs (hw/core/qdev-properties-system.c, set_drive_helper)."""
+    return Command("qom-set", {"path": device_path, "property": "drive", "value": node})
+
+
+def file_node(name: str, fdset: int) -> dict[str, Any]:
+    """A file that was passed as a descriptor: fleecing data needs no flush, it dies with QEMU."""
+    return {
+        "driver": "file",
+        "node-name": name,
+        "filename": f"/dev/fdset/{fdset}",
+        "discard": "unmap",
+        "cache": {"no-flush": True},
+    }
+
+
+def grant_node(name: str, *, file: str, size_bytes: int) -> dict[str, Any]:
+    """The limit that QEMU itself enforces: a write beyond `size_bytes` fails with ENOSPC (block/raw-format.c)."""
+    return {
+        "driver": "raw",
+        "node-name": name,
+        "file": file,
+        "size": size_bytes,
+        "discard": "unmap",
+    }
+
+
+def image_node(name: str, *, file: str) -> dict[str, Any]:
+    """A qcow2 image that gives back what is discarded."""
+    return {"driver": "qcow2", "node-name": name, "file": file, "discard": "unmap"}
+
+
+def cbw_node(name: str, *, file: str, target: str, timeout_seconds: int) -> dict[str, Any]:
+    """The filter that copies old data to `target` before a guest write (block/copy-before-write.c).
+
+    break-snapshot: when that copy fails or takes too long, the backup breaks and the guest goes on. The default,
+    break-guest-write, would give the guest an I/O error.
+    """
+    return {
+        "driver": "copy-before-write",
+        "node-name": name,
+        "file": file,
+        "target": target,
+        "on-cbw-error": "break-snapshot",
+        "cbw-timeout": timeout_seconds,
+    }
+
+
+def snapshot_access_node(name: str, *, cbw: str) -> dict[str, Any]:
+    """The read-only view of the point in time; discarding a range of it moves the boundary."""
+    return {"driver": "snapshot-access", "node-name": name, "file": cbw, "discard": "unmap"}
+
+
+def backup_job(
+    job: str,
+    *,
+    device: str,
+    target: str,
+    speed_bytes_per_second: int,
+    discard_source: bool,
+    compress: bool,
+) -> Command:
+    """A block job that copies a whole point in time. It stays in query-jobs until it is dismissed.
+
+    A full target stops it (event BLOCK_JOB_ERROR, action `stop`); any other error ends it.
+    """
+    arguments: dict[str, Any] = {
+        "job-id": job,
+        "device": device,
+        "target": target,
+        "sync": "full",
+        "auto-dismiss": False,
+        "on-target-error": "enospc",
+        "speed": speed_bytes_per_second,
+    }
+    if discard_source:
+        arguments["discard-source"] = True
+    if compress:
+        arguments["compress"] = True
+    return Command("blockdev-backup", arguments)
+
+
+def cancel_job(job: str) -> Command:
+    return Command("job-cancel", {"id": job})
+
+
+def dismiss_job(job: str) -> Command:
+    return Command("job-dismiss", {"id": job})
+
+
+def set_speed(job: str, speed_bytes_per_second: int) -> Command:
+    return Command("block-job-set-speed", {"device": job, "speed": speed_bytes_per_second})
+
+
+def write_threshold(node: str, threshold_bytes: int) -> Command:
+    """BLOCK_WRITE_THRESHOLD once a write ends beyond it; fires once, then has to be set again."""
+    return Command(
+        "block-set-write-threshold", {"node-name": node, "write-threshold": threshold_bytes}
+    )
+
+
+def reopen(options: Mapping[str, Any]) -> Command:
+    return Command("blockdev-reopen", {"options": [dict(options)]})
+
+
+def add_fd(*, opaque: str) -> Command:
+    """Take the descriptor that was sent on the same connection into a new set."""
+    return Command("add-fd", {"opaque": opaque})
+
+
+def remove_fd(fdset: int) -> Command:
+    return Command("remove-fd", {"fdset-id": fdset})
+
+
+STOP = Command("stop")
+CONT = Command("cont")
+QUERY_STATUS = Command("query-status")
+QUERY_JOBS = Command("query-jobs")
+QUERY_BLOCK_JOBS = Command("query-block-jobs")
+QUERY_BLOCK = Command("query-block")
+QUERY_NODES = Command("query-named-block-nodes", {"flat": True})
+QUERY_NODE_STATS = Command("query-blockstats", {"query-nodes": True})
+QUERY_DEVICE_STATS = Command("query-blockstats")
+QUERY_GRAPH = Command("x-debug-query-block-graph")
+QUERY_FDSETS = Command("query-fdsets")
+QUERY_MIGRATE = Command("query-migrate")
+QUERY_SCHEMA = Command("query-qmp-schema")
+QUERY_VERSION = Command("query-version")

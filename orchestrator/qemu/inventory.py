@@ -1,0 +1,75 @@
+"""The disks of a VM, read from what QEMU says of itself. Pure.
+
+Source: query-block, whose `qdev` is the device's id or QOM path. The property `drive` is on that object for
+scsi-hd, ide-hd and pflash, on its parent for virtio-blk (whose qdev is the `virtio-backend` inside).
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from orchestrator.model import Disk
+
+PERIPHERAL = "/machine/peripheral/"
+ANONYMOUS = "/machine/peripheral-anon/"
+VIRTIO_BACKEND = "/virtio-backend"
+FILTERS_OF_JOBS = ("copy-before-write", "mirror_top", "commit_top", "backup-top")
+
+
+def disks(query_block: Iterable[Mapping[str, Any]]) -> list[Disk]:
+    """Every block device with a guest device, in QEMU's order, also CD-ROMs, empty and read-only ones."""
+    found = []
+    for device in query_block:
+        qdev = device.get("qdev")
+        if not qdev:  # a drive that no guest device uses
+            continue
+        found.append(_disk(device, qdev))
+    return found
+
+
+def _disk(device: Mapping[str, Any], qdev: str) -> Disk:
+    path = _device_path(qdev)
+    inserted = device.get("inserted")
+    image = inserted["image"] if inserted else {}
+    return Disk(
+        id=_disk_id(path, device),
+        node=inserted["node-name"] if inserted else "",
+        device_path=path,
+        size_bytes=image.get("virtual-size", 0),
+        node_driver=inserted["drv"] if inserted else "",
+        image=_image_file(image.get("filename")),
+        read_only=bool(inserted and inserted["ro"]),
+        removable=device["removable"],
+        empty=inserted is None,
+    )
+
+
+def _device_path(qdev: str) -> str:
+    path = qdev if qdev.startswith("/") else PERIPHERAL + qdev
+    return path.removesuffix(VIRTIO_BACKEND)
+
+
+def _disk_id(path: str, device: Mapping[str, Any]) -> str:
+    """The device's id; without one the drive's (`virtio0`), else where the device stands in QEMU's tree."""
+    if path.startswith(PERIPHERAL):
+        return path.removeprefix(PERIPHERAL)
+    if device["device"]:
+        return str(device["device"])
+    return path.rsplit("/", 1)[-1].replace("[", "").replace("]", "")
+
+
+def _image_file(filename: str | None) -> str | None:
+    """The path of a local image; None for what is not a local file.
+
+    QEMU writes a node with options that a plain path cannot say as `json:{…}`.
+    """
+    if not filename:
+        return None
+    if filename.startswith("json:"):
+        options: Any = json.loads(filename.removeprefix("json:"))
+        while isinstance(options, dict):
+            if isinstance(options.get("filename"), str):
+                return _image_file(options["filename"])
+            options = options.get("file")
+        return None
+    return filename if filename.startswith("/") else None

@@ -1,0 +1,99 @@
+"""QEMU's and libnbd's command-line tools: creating, converting and hashing images.
+
+QEMU's format drivers are the reference for what an image holds; nothing here interprets one itself.
+Errors are ToolError; cancellation ends the tool.
+"""
+
+import asyncio
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from orchestrator import aio
+from orchestrator.errors import ToolError
+
+PIPE_READ_BYTES = 1 << 20
+
+
+async def create_qcow2(descriptor: int, size_bytes: int, *, options: str = "") -> None:
+    """Make an open empty file a qcow2 image of a virtual size."""
+    argv = ["qemu-img", "create", "-q", "-f", "qcow2"]
+    if options:
+        argv += ["-o", options]
+    await _run([*argv, f"/dev/fd/{descriptor}", str(size_bytes)], pass_fds=(descriptor,))
+
+
+async def convert(
+    source: Path, source_format: str, to: Path, to_format: str, *, into_existing: bool
+) -> None:
+    """Copy an image's content into another one. `into_existing`: a block device, which is not created."""
+    argv = ["qemu-img", "convert", "-f", source_format, "-O", to_format]
+    if into_existing:
+        argv.append("-n")
+    await _run([*argv, str(source), str(to)])
+
+
+async def virtual_size(path: Path, image_format: str) -> int:
+    """The size in bytes that a guest sees. For a block device: its own size."""
+    finished = await _run(["qemu-img", "info", "-U", "-f", image_format, "--output=json", str(path)])
+    return int(json.loads(finished.stdout)["virtual-size"])
+
+
+async def sha256(path: Path, image_format: str) -> str:
+    """The SHA-256 of an image's whole content, in hex.
+
+    nbdcopy starts qemu-nbd on a private socket, reads through it and writes the content to a pipe.
+    """
+    server = ["qemu-nbd", "--read-only", f"--format={image_format}", str(path)]
+    read_end, write_end = os.pipe()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *("nbdcopy", "--", "[", *server, "]", "-"),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=write_end,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    except BaseException as error:
+        os.close(read_end)
+        if isinstance(error, FileNotFoundError):
+            raise _missing("nbdcopy") from error
+        raise
+    finally:
+        os.close(write_end)
+    try:
+        digest = await aio.in_thread(_hash_pipe, read_end, end=process.kill)
+    finally:
+        _, stderr = await aio.finish(process.communicate())
+    if process.returncode != 0:
+        raise ToolError(
+            f"cannot read back {path}: {stderr.decode(errors='replace').strip()}",
+            hint="is the file complete, and may this user read it?",
+        )
+    return digest
+
+
+def _hash_pipe(descriptor: int) -> str:
+    digest = hashlib.sha256()
+    with open(descriptor, "rb", buffering=0) as pipe:  # noqa: PTH123  a descriptor, not a path
+        while chunk := pipe.read(PIPE_READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+async def _run(argv: list[str], *, pass_fds: tuple[int, ...] = ()) -> aio.Finished:
+    try:
+        finished = await aio.run_process(argv, pass_fds=pass_fds)
+    except FileNotFoundError as error:
+        raise _missing(argv[0]) from error
+    if finished.returncode != 0:
+        raise ToolError(f"{argv[0]} {argv[1]} failed: {finished.stderr}")
+    return finished
+
+
+def _missing(program: str) -> ToolError:
+    return ToolError(
+        f"{program} is not installed",
+        hint="install QEMU's tools and libnbd's: apt-get install qemu-utils libnbd-bin",
+        code="tool-missing",
+    )

@@ -1,0 +1,107 @@
+"""A storage in a folder of a local file system: images without a name.
+
+An image is opened with O_TMPFILE, or, where the file system lacks that, created and unlinked at once. Either way
+it has no name when QEMU gets it by descriptor, so nothing can be left behind: the kernel frees it when QEMU and
+we let go of it, whatever died.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+from pathlib import Path
+
+from orchestrator.errors import StorageError
+from orchestrator.storage.base import ImageFile, Space, Storage
+
+BLOCK = 512
+"""What st_blocks counts in, whatever the file system's block size (POSIX sys/stat.h)."""
+NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
+PRIVATE = 0o600
+
+
+class DescriptorFile(ImageFile):
+    """A file that only its descriptor keeps alive."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    @property
+    def descriptor(self) -> int:
+        return self._descriptor
+
+    def used_bytes(self) -> int:
+        return os.fstat(self._descriptor).st_blocks * BLOCK if self._descriptor >= 0 else 0
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class DirectoryStorage(Storage):
+    """See the contract, `Storage`. `min_free` is bytes, or a share of the file system between 0 and 1."""
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        *,
+        quota_bytes: int,
+        min_free: int | float,
+        max_runs: int | None = None,
+    ) -> None:
+        self.name = name
+        self.path = path
+        self.quota_bytes = quota_bytes
+        self.max_runs = max_runs
+        self._min_free = min_free
+
+    def prepare(self) -> None:
+        with self._explained("use it"):
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.create().close()
+
+    def create(self) -> ImageFile:
+        with self._explained("create a fleecing image in it"):
+            try:
+                descriptor = os.open(self.path, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, PRIVATE)
+            except OSError as error:
+                if error.errno not in NO_TMPFILE or not self.path.is_dir():
+                    raise
+                descriptor = self._create_unlinked()
+        return DescriptorFile(descriptor)
+
+    def _create_unlinked(self) -> int:
+        path = self.path / f"vmf-{secrets.token_hex(8)}"
+        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
+        descriptor = os.open(path, flags, PRIVATE)
+        path.unlink()
+        return descriptor
+
+    def space(self) -> Space:
+        with self._explained("ask for its free space"):
+            status = os.statvfs(self.path)
+        floor = self._min_free
+        if isinstance(floor, float):
+            floor = int(floor * status.f_blocks * status.f_frsize)
+        return Space(free_bytes=status.f_bavail * status.f_frsize, floor_bytes=floor)
+
+    def nearness(self, image: Path) -> int:
+        with contextlib.suppress(OSError):
+            own, other = self.path.resolve(strict=True), image.resolve(strict=True)
+            if other.is_relative_to(own):
+                return 1 + len(own.parts)
+            if own.stat().st_dev == other.stat().st_dev:
+                return 1
+        return 0
+
+    @contextlib.contextmanager
+    def _explained(self, act: str):  # noqa: ANN202  a generator wrapped by contextmanager
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"storage {self.name}: cannot {act}: {self.path}: {error.strerror}",
+                hint="the path must be a folder on a local file system that vmfleece may write to",
+            ) from error

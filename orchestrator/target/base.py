@@ -1,0 +1,155 @@
+"""The contract of a target: a place where snapshots go and come back from.
+
+    draft = await target.begin(…)      nothing is listed yet
+    sink = await draft.add_disk(disk)  what QEMU is to write the disk's content into
+    …QEMU copies…
+    await draft.seal(disk)             the disk is complete and durable, its hash known
+    await draft.commit(…)              all of it is listed, or nothing is
+
+What an implementation promises:
+- after `commit` returned, the snapshot survives power loss; before, it is not listed, whatever happens;
+- after `abort` nothing of the draft is left or listed; `commit` and `abort` may both be called again;
+- what a dead process left half-written is never listed, and is removed by a later `begin` for the same VM.
+Errors are TargetError. Cancelling any of it leaves a draft that `abort` removes.
+"""
+
+import abc
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import TargetError
+from orchestrator.model import Disk
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotDisk:
+    """One disk of a snapshot. `sha256` is of its whole content, as `sha256sum` prints for the raw disk."""
+
+    disk: str
+    size_bytes: int
+    sha256: str
+    stored_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a successful run left on a target. `details` is what else was recorded about the run."""
+
+    id: str
+    target: str
+    vm: str
+    created: datetime
+    kind: str
+    disks: tuple[SnapshotDisk, ...]
+    details: dict[str, Any]
+
+    def disk(self, name: str) -> SnapshotDisk:
+        """One of its disks. Raises TargetError that names those there are."""
+        for disk in self.disks:
+            if disk.disk == name:
+                return disk
+        names = ", ".join(disk.disk for disk in self.disks)
+        raise TargetError(
+            f"snapshot {self.id} has no disk {name!r}", hint=f"it has: {names}", code="no-disk"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sink:
+    """What QEMU writes one disk's content into.
+
+    `descriptor` is an open file that stays open until the disk is sealed or the draft aborted; `compress` asks
+    the block job to write compressed clusters.
+    """
+
+    descriptor: int
+    compress: bool
+
+
+class Draft(abc.ABC):
+    """A snapshot being written. See the module for what it promises."""
+
+    snapshot_id: str
+
+    @abc.abstractmethod
+    async def add_disk(self, disk: Disk, *, compressible: bool) -> Sink:
+        """A place for the disk's content; `compressible` False: QEMU writes parts of it twice (no compression)."""
+
+    @abc.abstractmethod
+    async def seal(self, disk: Disk) -> SnapshotDisk:
+        """Make a completely written disk durable and read back its hash; QEMU must have closed it."""
+
+    @abc.abstractmethod
+    async def commit(self, details: dict[str, Any]) -> Snapshot:
+        """Make the snapshot durable and listed."""
+
+    @abc.abstractmethod
+    async def abort(self) -> None:
+        """Remove everything, unless it was committed."""
+
+
+class Target(abc.ABC):
+    """See the module for what it promises."""
+
+    name: str
+    max_runs: int | None
+
+    @abc.abstractmethod
+    async def prepare(self) -> None:
+        """Make sure that snapshots can be written. Raises TargetError that says what is wrong."""
+
+    @abc.abstractmethod
+    async def begin(self, vm: str, started: datetime) -> Draft:
+        """Start a snapshot of a VM."""
+
+    @abc.abstractmethod
+    async def snapshots(self, vm: str | None = None) -> list[Snapshot]:
+        """What is listed, by VM and then oldest first."""
+
+    @abc.abstractmethod
+    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> None:
+        """Write a disk's content into the file or block device at `to`, as `raw` or `qcow2`."""
+
+
+def find(snapshots: Iterable[Snapshot], wanted: str) -> Snapshot:
+    """The snapshot that an operator means: an id, `VM@latest`, or `VM@TIME`. Raises TargetError.
+
+    TIME is ISO 8601, local if it has no zone: the newest snapshot not later than it (to the precision given).
+    """
+    known = list(snapshots)
+    vm, at, when = wanted.partition("@")
+    if not at:
+        candidates = [snapshot for snapshot in known if snapshot.id == wanted]
+    else:
+        candidates = [snapshot for snapshot in known if snapshot.vm == vm]
+        if when != "latest":
+            end = _end_of(when)
+            candidates = [snapshot for snapshot in candidates if snapshot.created < end]
+    if not candidates:
+        names = sorted({snapshot.vm for snapshot in known})
+        raise TargetError(
+            f"no snapshot {wanted!r}",
+            hint="give an id from `vmfleece snapshot list`, VM@latest or VM@2026-11-22T02:30;"
+            f" there are snapshots of: {', '.join(names) or 'no VM'}",
+            code="no-snapshot",
+        )
+    return max(candidates, key=lambda snapshot: snapshot.created)
+
+
+def _end_of(when: str) -> datetime:
+    """The first moment after a time that was given to the day, minute or second."""
+    try:
+        moment = datetime.fromisoformat(when)
+    except ValueError as error:
+        raise TargetError(
+            f"not a time: {when!r}", hint="write it as 2026-11-22, 2026-11-22T02:30 or …:00Z"
+        ) from error
+    clock = re.sub(r"(Z|[+-]\d\d:?\d\d)$", "", when.partition("T")[2])
+    precision = timedelta(days=1) if not clock else timedelta(minutes=1)
+    if clock.count(":") == 2:
+        precision = timedelta(seconds=1)
+    return moment.astimezone(UTC) + precision

@@ -1,0 +1,76 @@
+"""`manifest.json` of a snapshot folder: what is in it, when and how it was made.
+
+Read back as written; unknown keys are kept for a later version's sake. Shape: docs/images-target.md.
+"""
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import TargetError
+from orchestrator.target.base import Snapshot, SnapshotDisk
+
+NAME = "manifest.json"
+VERSION = 1
+
+
+def encode(snapshot: Snapshot) -> bytes:
+    """The file's content."""
+    document = {
+        "version": VERSION,
+        "snapshot": snapshot.id,
+        "vm": snapshot.vm,
+        "created": snapshot.created.isoformat(),
+        "kind": snapshot.kind,
+        "disks": [
+            {
+                "disk": disk.disk,
+                "file": disk_file(disk.disk),
+                "format": "qcow2",
+                "size_bytes": disk.size_bytes,
+                "stored_bytes": disk.stored_bytes,
+                "sha256": disk.sha256,
+            }
+            for disk in snapshot.disks
+        ],
+        "details": snapshot.details,
+    }
+    return (json.dumps(document, indent=2) + "\n").encode()
+
+
+def read(path: Path, *, target: str) -> Snapshot:
+    """The snapshot that a manifest describes. Raises TargetError if it cannot be read or is of a later version."""
+    try:
+        document: Any = json.loads(path.read_bytes())
+        if document["version"] != VERSION:
+            raise TargetError(
+                f"{path} is of version {document['version']}; this vmfleece reads {VERSION}",
+                hint="use the vmfleece that wrote it, or a newer one",
+                code="manifest-version",
+            )
+        return Snapshot(
+            id=document["snapshot"],
+            target=target,
+            vm=document["vm"],
+            created=datetime.fromisoformat(document["created"]),
+            kind=document["kind"],
+            disks=tuple(
+                SnapshotDisk(
+                    disk["disk"], disk["size_bytes"], disk["sha256"], disk["stored_bytes"]
+                )
+                for disk in document["disks"]
+            ),
+            details=document["details"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TargetError(
+            f"cannot read {path}: {type(error).__name__}: {error}",
+            hint="the folder's qcow2 files can still be read with qemu-img",
+            code="manifest-unreadable",
+        ) from error
+
+
+def disk_file(disk: str) -> str:
+    """The name of a disk's image in the snapshot's folder."""
+    return f"{disk}.qcow2"

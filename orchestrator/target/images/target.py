@@ -1,0 +1,243 @@
+"""Snapshots in folders: `<path>/<vm>/<20261122T023000Z>/{manifest.json,<disk>.qcow2}`.
+
+A snapshot is written under `<time>.partial`, made durable, and renamed; the rename is what lists it. A partial
+folder is flocked by its writer, so that a later one can tell a dead writer's from a live one's.
+"""
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from orchestrator.errors import TargetError
+from orchestrator.model import Compression, Disk
+from orchestrator.qemu import tools
+from orchestrator.target.base import Draft, Sink, Snapshot, SnapshotDisk, Target
+from orchestrator.target.images import manifest
+
+log = structlog.get_logger(__name__)
+
+STAMP = "%Y%m%dT%H%M%SZ"
+PARTIAL = ".partial"
+DISK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+
+
+class ImagesTarget(Target):
+    """See the contract, `Target`."""
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        *,
+        compression: Compression = Compression.NONE,
+        max_runs: int | None = None,
+    ) -> None:
+        self.name = name
+        self.path = path
+        self.max_runs = max_runs
+        self._compression = compression
+
+    async def prepare(self) -> None:
+        await asyncio.to_thread(self._prepare)
+
+    def _prepare(self) -> None:
+        with explained(self.name, self.path):
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Only making a file tells whether one can be made (read-only mounts, ACLs, root squash).
+            tempfile.TemporaryFile(dir=self.path).close()
+
+    async def begin(self, vm: str, started: datetime) -> "ImagesDraft":
+        return await asyncio.to_thread(self._begin, vm, started)
+
+    def _begin(self, vm: str, started: datetime) -> "ImagesDraft":
+        folder = self.path / vm
+        with explained(self.name, folder):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for dead in folder.glob(f"*{PARTIAL}"):
+                self._remove_if_dead(dead)
+            created = started.astimezone(UTC).replace(microsecond=0)
+            while True:
+                final = folder / created.strftime(STAMP)
+                partial = final.with_name(final.name + PARTIAL)
+                if not final.exists():
+                    with contextlib.suppress(FileExistsError):
+                        partial.mkdir(mode=0o700)
+                        break
+                created += timedelta(seconds=1)
+            lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        return ImagesDraft(self.name, vm, partial, final, created, lock, self._compression)
+
+    def _remove_if_dead(self, partial: Path) -> None:
+        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return  # its writer lives
+        else:
+            log.info("draft.removed", target=self.name, path=str(partial))
+            shutil.rmtree(partial)
+        finally:
+            os.close(lock)
+
+    async def snapshots(self, vm: str | None = None) -> list[Snapshot]:
+        return await asyncio.to_thread(self._snapshots, vm)
+
+    def _snapshots(self, vm: str | None) -> list[Snapshot]:
+        found = []
+        for path in sorted(self.path.glob(f"{vm or '*'}/*/{manifest.NAME}")):
+            if path.parent.name.endswith(PARTIAL):
+                continue
+            try:
+                found.append(manifest.read(path, target=self.name))
+            except TargetError as error:  # one broken snapshot must not hide the others
+                log.warning("snapshot.unreadable", target=self.name, error=str(error))
+        return found
+
+    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> None:
+        source = self.path / snapshot.id / manifest.disk_file(snapshot.disk(disk).disk)
+        into_existing = await asyncio.to_thread(to.is_block_device)
+        await tools.convert(source, "qcow2", to, image_format, into_existing=into_existing)
+
+
+class ImagesDraft(Draft):
+    """See the contract, `Draft`. Owns the partial folder, its lock and the open images in it."""
+
+    def __init__(
+        self,
+        target: str,
+        vm: str,
+        partial: Path,
+        final: Path,
+        created: datetime,
+        lock: int,
+        compression: Compression,
+    ) -> None:
+        self.snapshot_id = f"{vm}/{final.name}"
+        self._target = target
+        self._vm = vm
+        self._partial = partial
+        self._final = final
+        self._created = created
+        self._lock = lock
+        self._compression = compression
+        self._images: dict[str, int] = {}
+        self._sealed: dict[str, SnapshotDisk] = {}
+        self._renamed = False
+        self._committed: Snapshot | None = None
+
+    async def add_disk(self, disk: Disk, *, compressible: bool) -> Sink:
+        if not DISK_NAME.fullmatch(disk.id):
+            raise TargetError(
+                f"disk {disk.id!r} cannot be a file's name",
+                hint="give the device an id of letters, digits, '_', '.' and '-'",
+                code="disk-name",
+            )
+        compress = compressible and self._compression is Compression.ZSTD
+        with explained(self._target, self._path(disk.id)):
+            flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
+            self._images[disk.id] = os.open(self._path(disk.id), flags, 0o600)
+        await tools.create_qcow2(
+            self._images[disk.id],
+            disk.size_bytes,
+            options="compression_type=zstd" if compress else "",
+        )
+        return Sink(self._images[disk.id], compress)
+
+    async def seal(self, disk: Disk) -> SnapshotDisk:
+        descriptor = self._images.pop(disk.id)
+        try:
+            with explained(self._target, self._path(disk.id)):
+                await asyncio.to_thread(os.fsync, descriptor)
+                stored_bytes = os.fstat(descriptor).st_blocks * 512
+        finally:
+            os.close(descriptor)
+        digest = await tools.sha256(self._path(disk.id), "qcow2")
+        self._sealed[disk.id] = SnapshotDisk(disk.id, disk.size_bytes, digest, stored_bytes)
+        return self._sealed[disk.id]
+
+    async def commit(self, details: dict[str, Any]) -> Snapshot:
+        if self._committed is None:
+            snapshot = Snapshot(
+                id=self.snapshot_id,
+                target=self._target,
+                vm=self._vm,
+                created=self._created,
+                kind=str(details["kind"]),
+                disks=tuple(self._sealed.values()),
+                details=details,
+            )
+            await asyncio.to_thread(self._publish, manifest.encode(snapshot))
+            self._committed = snapshot
+        return self._committed
+
+    def _publish(self, content: bytes) -> None:
+        with explained(self._target, self._partial):
+            with (self._partial / manifest.NAME).open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.fsync(self._lock)
+            self._partial.rename(self._final)
+            self._renamed = True
+            sync_folder(self._final.parent)
+            sync_folder(self._final.parent.parent)
+        os.close(self._lock)
+        self._lock = -1
+
+    async def abort(self) -> None:
+        if self._committed is None:
+            await asyncio.to_thread(self._remove)
+
+    def _remove(self) -> None:
+        while self._images:
+            os.close(self._images.popitem()[1])
+        with explained(self._target, self._partial):
+            # A rename that could not be made durable is undone, too: nothing may be listed.
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(self._final if self._renamed else self._partial)
+            with contextlib.suppress(OSError):  # the VM's folder, if this would have been its first
+                self._final.parent.rmdir()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _path(self, disk: str) -> Path:
+        return self._partial / manifest.disk_file(disk)
+
+
+def sync_folder(path: Path) -> None:
+    """Make a folder's entries durable: a rename is, only after this."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def explained(target: str, path: Path) -> Iterator[None]:
+    """Turn an OSError into a TargetError that says what and where."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in FULL_ERRNOS
+        raise TargetError(
+            f"target {target}: {error.strerror}: {error.filename or path}",
+            hint="free some space or prune old snapshots"
+            if full
+            else "the path must be a folder that vmfleece may write to",
+            code="target-full" if full else "target-unwritable",
+        ) from error
