@@ -50,9 +50,7 @@ _DURATION_FACTORS = {
 }
 
 SIZE_ALLOWED = 'bytes as a number, or a number with KiB, MiB, GiB, TiB or PiB, such as "200GiB"'
-RATE_ALLOWED = (
-    'KiB/s as a whole number, or a number with a unit, such as "50MiB" a second; 0 is no limit'
-)
+RATE_ALLOWED = 'KiB/s as a whole number, or a number with a unit, such as "50MiB" a second; 0 is no limit'
 DURATION_ALLOWED = 'seconds as a number, or numbers with us, ms, s, min, h, d or w, such as "15min"'
 SHARE_OR_SIZE_ALLOWED = f'a share from 0% up to less than 100%, such as "10%", or {SIZE_ALLOWED}'
 CALENDAR_ALLOWED = (

@@ -90,11 +90,7 @@ def wants_fleecing(job: JobTable) -> bool:
 def _selection(draft: Draft, name: str, job: JobTable) -> Iterator[Problem]:
     if job.vms is None:
         return
-    useless = [
-        (index, pattern)
-        for index, pattern in enumerate(job.vms)
-        if not matching([pattern], draft.vm)
-    ]
+    useless = [(index, pattern) for index, pattern in enumerate(job.vms) if not matching([pattern], draft.vm)]
     for index, pattern in useless:
         text = f"no VM is called {pattern!r}; VMs: {_listed(draft.vm)}"
         yield Problem(("job", name, "vms", index), text)

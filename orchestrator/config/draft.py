@@ -96,13 +96,9 @@ def _table(model: type[_TableT], path: KeyPath, raw: Any, problems: list[Problem
         return model.model_validate(values)
     except ValidationError as error:
         errors = error.errors()
-    problems += (Problem((*path, *each["loc"]), describe(model, each)) for each in errors)
+    problems += (Problem((*path, *each["loc"]), _explain(model, path, each)) for each in errors)
     bad = {each["loc"][0] for each in errors}
-    good = {
-        key: _field(model, key).validate_python(value)
-        for key, value in values.items()
-        if key not in bad
-    }
+    good = {key: _field(model, key).validate_python(value) for key, value in values.items() if key not in bad}
     nothing = {str(key): None for key in bad if key in model.model_fields}
     return _partly(model, {**good, **nothing})
 
@@ -113,6 +109,15 @@ def _partly(model: type[_TableT], values: dict[str, Any]) -> _TableT:
 
 def _field(model: type[Table], key: str) -> TypeAdapter[Any]:
     return TypeAdapter(get_type_hints(model, include_extras=True)[key])
+
+
+def _explain(model: type[Table], path: KeyPath, error: ErrorDetails) -> str:
+    if error["type"] == "extra_forbidden" and isinstance(error["input"], Mapping):
+        section, name, *rest = (*path, *error["loc"])
+        if rest:
+            dotted = f"{name}.{rest[0]}"
+            return f'unknown; a name with dots needs quotes, as in [{section}."{dotted}"]'
+    return describe(model, error)
 
 
 def describe(model: type[Table], error: ErrorDetails) -> str:

@@ -54,9 +54,4 @@ LATER = (
 
 def refused_values(section: str, key: str) -> set[str]:
     """Return the values that a key will have later, but has not yet."""
-    return {
-        value
-        for later in LATER
-        if (later.section, later.key) == (section, key)
-        for value in later.values
-    }
+    return {value for later in LATER if (later.section, later.key) == (section, key) for value in later.values}

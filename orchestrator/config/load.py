@@ -95,9 +95,7 @@ def _single(path: Path, line: int, text: str) -> ConfigError:
 
 
 def _error(path: Path, places: Places, problems: list[Problem]) -> ConfigError:
-    lines = sorted(
-        {(places.line(each.path), shown(each.path), each.text): None for each in problems}
-    )
+    lines = sorted({(places.line(each.path), shown(each.path), each.text): None for each in problems})
     count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
     texts = tuple(f"{path}:{line}: {key}: {text}" for line, key, text in lines)
     return ConfigError(f"{count} in {path}", problems=texts)

@@ -27,9 +27,7 @@ _SCALAR = re.compile(r"[^,\]}#\n]+")
 def shown(path: KeyPath) -> str:
     """Return `path` as a dotted key; indexes of arrays are left out."""
     keys = (part for part in path if isinstance(part, str))
-    return ".".join(
-        key if _BARE_KEY.fullmatch(key) else json.dumps(key, ensure_ascii=False) for key in keys
-    )
+    return ".".join(key if _BARE_KEY.fullmatch(key) else json.dumps(key, ensure_ascii=False) for key in keys)
 
 
 class Places:

@@ -4,8 +4,7 @@ _TRUE = ("1", "on", "yes", "true")
 _FALSE = ("0", "off", "no", "false")
 
 FLEECING_ALLOWED = (
-    '"enabled=1", "enabled=1,storage=NAME" or "enabled=0", or a table '
-    '{enabled = true, storage = "NAME"}'
+    '"enabled=1", "enabled=1,storage=NAME" or "enabled=0", or a table {enabled = true, storage = "NAME"}'
 )
 
 

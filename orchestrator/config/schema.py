@@ -52,26 +52,20 @@ class DaemonTable(Table):
         description="Folder of the control socket.",
         example="/run/vmfleece",
     )
-    max_runs: MaxRuns = _key(
-        4, description="How many VMs are backed up at the same time at most.", example=4
-    )
+    max_runs: MaxRuns = _key(4, description="How many VMs are backed up at the same time at most.", example=4)
     log_format: Annotated[LogFormat, Field(strict=False), one_of(LogFormat)] = _key(
         "json", description="How log lines are written.", example="json"
     )
     log_level: Annotated[LogLevel, Field(strict=False), one_of(LogLevel)] = _key(
         "info", description="The least important log lines that are written.", example="info"
     )
-    ledger: str = _key(
-        "sqlite", description="Where it is kept who holds which space.", example="sqlite"
-    )
+    ledger: str = _key("sqlite", description="Where it is kept who holds which space.", example="sqlite")
 
 
 class StorageTable(Table):
     """A place where fleecing images live while backups run."""
 
-    driver: str = _key(
-        "directory", description="What kind of storage it is: a folder.", example="directory"
-    )
+    driver: str = _key("directory", description="What kind of storage it is: a folder.", example="directory")
     path: AbsolutePath = _key(
         description="Folder of the fleecing images; on a fast, local file system.",
         example="/var/lib/vmfleece/fleecing",
@@ -95,9 +89,7 @@ class StorageTable(Table):
 class TargetTable(Table):
     """A place where backups go."""
 
-    driver: str = _key(
-        "images", description="What kind of target it is: qcow2 files.", example="images"
-    )
+    driver: str = _key("images", description="What kind of target it is: qcow2 files.", example="images")
     path: AbsolutePath = _key(
         description="Folder of the backups.",
         example="/srv/backup/vms",
@@ -188,9 +180,7 @@ class JobTable(Table):
         "Absent: used where it can be had.",
         example="enabled=1,storage=local",
     )
-    fleecing_policy: (
-        Annotated[FleecingPolicy, Field(strict=False), one_of(FleecingPolicy)] | None
-    ) = _key(
+    fleecing_policy: Annotated[FleecingPolicy, Field(strict=False), one_of(FleecingPolicy)] | None = _key(
         None,
         description="Where fleecing cannot be had, require fails and prefer backs up without it. "
         "Absent: require if the job has fleecing, else prefer.",
@@ -198,7 +188,8 @@ class JobTable(Table):
     )
     consistency: Annotated[Consistency, Field(strict=False), one_of(Consistency)] = _key(
         "pause",
-        description="How all disks get one point in time: pause stops the guest for milliseconds.",
+        description="How all disks get one point in time: pause stops the guest for milliseconds, "
+        "none does not stop it.",
         example="pause",
     )
     cbw_timeout: CbwTimeout = _key(
@@ -208,7 +199,7 @@ class JobTable(Table):
     )
     bwlimit: Rate = _key(
         "0",
-        description="Reading speed for each disk: KiB/s, or with a unit; 0 is no limit.",
+        description="How fast a run copies at most: KiB/s, or with a unit; 0 is no limit.",
         example="50MiB",
     )
     full_every: int = _key(
@@ -241,9 +232,7 @@ SECTIONS: dict[str, type[Table]] = {"daemon": DaemonTable, **NAMED}
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema of the file, without what is not available yet."""
     schema = File.model_json_schema()
-    tables = {
-        name: schema["$defs"][table.__name__]["properties"] for name, table in SECTIONS.items()
-    }
+    tables = {name: schema["$defs"][table.__name__]["properties"] for name, table in SECTIONS.items()}
     for properties in (*tables.values(), schema["$defs"]["FleecingTable"]["properties"]):
         for definition in properties.values():
             _leave_out_null(definition)

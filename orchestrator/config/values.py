@@ -40,9 +40,10 @@ def _check_name(given: str) -> str:
     return given
 
 
-def _check_path(given: Path) -> Path:
-    if not given.is_absolute() or not str(given).isprintable():
-        raise ValueError(f"{str(given)!r} is no path; allowed: an absolute one, such as '/srv'")
+def _check_path(given: Any) -> Any:
+    # Before it becomes a Path, which would turn '' into '.'.
+    if isinstance(given, str) and not (given.startswith("/") and given.isprintable()):
+        raise ValueError(f"{given!r} is no path; allowed: an absolute one, such as '/srv'")
     return given
 
 
@@ -108,13 +109,11 @@ Name = Annotated[
 AbsolutePath = Annotated[
     Path,
     Field(strict=False),
-    AfterValidator(_check_path),
+    BeforeValidator(_check_path),
     WithJsonSchema({"type": "string", "pattern": "^/"}),
 ]
 Socket = Annotated[AbsolutePath, AfterValidator(_check_socket)]
-Quota = Annotated[
-    int, AfterValidator(_check_quota), BeforeValidator(parse_size), _text_or_number("integer")
-]
+Quota = Annotated[int, AfterValidator(_check_quota), BeforeValidator(parse_size), _text_or_number("integer")]
 MinFree = Annotated[Share | int, BeforeValidator(parse_share_or_size), _text_or_number("integer")]
 Rate = Annotated[int, BeforeValidator(parse_rate), _text_or_number("integer")]
 Duration = Annotated[float, BeforeValidator(parse_duration), _text_or_number("number")]

@@ -117,9 +117,7 @@ def test_without_a_named_zone_local_time_is_the_hosts() -> None:
 
 @given(
     st.datetimes(datetime(2026, 1, 1), datetime(2027, 12, 31), timezones=st.just(BERLIN)),  # noqa: DTZ001
-    st.sampled_from(
-        ["02:30", "*:0/30", "hourly", "mon..fri 02:30", "1..3:10,50", "*-*-1..7 04:00"]
-    ),
+    st.sampled_from(["02:30", "*:0/30", "hourly", "mon..fri 02:30", "1..3:10,50", "*-*-1..7 04:00"]),
 )
 def test_due_times_go_forward_and_nothing_lies_between(after: datetime, expression: str) -> None:
     due = next_due(expression, after)
