@@ -1,11 +1,15 @@
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_config import GOOD, load, problems, with_line
 
 from orchestrator import config
 from orchestrator.config.later import LATER
+from orchestrator.config.schema import SECTIONS
 from orchestrator.errors import ConfigError
 
 CASES = [
@@ -334,3 +338,44 @@ def test_what_is_not_utf_8(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         config.load(tmp_path / "vmfleece.toml")
     assert caught.value.problems == (f"{tmp_path}/vmfleece.toml:2: not UTF-8, as TOML has to be",)
+
+
+NASTY = [
+    "1",
+    "-1",
+    "1" + "0" * 30,
+    "1e400",
+    "nan",
+    "true",
+    "2026-11-22",
+    "02:30:00",
+    '""',
+    '"/x"',
+    '"1GiB"',
+    '"main"',
+    "[]",
+    "[[]]",
+    "[1, {a = 2}]",
+    "{}",
+    '{enabled = true, storage = "local"}',
+    '"\\u0000"',
+    '"enabled=1,storage=local"',
+]
+KEYS = [f"{section}.{key}" for section, table in SECTIONS.items() for key in (*table.model_fields, "other")]
+LINES = st.lists(st.tuples(st.sampled_from(KEYS), st.sampled_from(NASTY)), max_size=8, unique_by=lambda p: p[0])
+
+
+@given(LINES)
+def test_any_file_is_a_configuration_or_all_its_problems(lines: list[tuple[str, str]]) -> None:
+    tables = "".join(
+        f"{key.replace('.', '.x.') if not key.startswith('daemon') else key} = {value}\n" for key, value in lines
+    )
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "vmfleece.toml"
+        path.write_text(tables)
+        try:
+            found = [setting.origin for setting in config.load(path).settings]
+        except ConfigError as error:
+            found = list(error.problems)
+    assert found
+    assert all(each == "default" or each.startswith(f"{path}:") for each in found)
