@@ -6,7 +6,7 @@ cancellation cannot interrupt; a child process never outlives its caller.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -58,6 +58,16 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
     return result
 
 
+async def all_or_first_error(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run coroutines side by side; the first one that fails cancels the others, and its error comes out."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work) for work in works]
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from failures
+    return [task.result() for task in tasks]
+
+
 async def in_thread(function: Callable[[A], T], argument: A, *, end: Callable[[], object]) -> T:
     """Run blocking work in a thread. On cancellation, `end` is called to make it stop, and it is awaited."""
     task = asyncio.ensure_future(asyncio.to_thread(function, argument))
@@ -107,9 +117,7 @@ class UndoStack:
                         await step.act()
                 except Exception as error:  # noqa: BLE001  one failed step must not stop the others
                     failed.append(step.name)
-                    log.warning(
-                        "undo.failed", step=step.name, error=str(error) or type(error).__name__
-                    )
+                    log.warning("undo.failed", step=step.name, error=str(error) or type(error).__name__)
 
         await finish(run_all())
         return failed
@@ -124,9 +132,7 @@ class Finished:
     stderr: str
 
 
-async def run_process(
-    argv: Sequence[str], *, pass_fds: Sequence[int] = ()
-) -> Finished:
+async def run_process(argv: Sequence[str], *, pass_fds: Sequence[int] = ()) -> Finished:
     """Run a program to its end. Raises FileNotFoundError; cancellation kills the program."""
     process = await asyncio.create_subprocess_exec(
         *argv,

@@ -4,10 +4,11 @@ Configuration comes in through `config` (pydantic) and leaves it as these classe
 classes and are rendered by `cli`. Sizes are bytes, times are seconds unless a name says otherwise.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 
 class Consistency(StrEnum):
@@ -137,3 +138,40 @@ class RunResult:
     warnings: tuple[str, ...] = ()
     error: ErrorReport | None = None
     retryable: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """The result as `backup --json` prints it and the catalogue keeps it."""
+        return asdict(self) | {"started": self.started.isoformat()}
+
+
+class Phase(StrEnum):
+    """Where a run is."""
+
+    QUEUED = "queued"
+    PREPARING = "preparing"
+    SNAPSHOTTING = "snapshotting"
+    COPYING = "copying"
+    COMMITTING = "committing"
+    CLEANING = "cleaning"
+
+
+@dataclass(frozen=True, slots=True)
+class DiskProgress:
+    """How far one disk is. `fleecing_bytes` is what its fleecing image occupies right now."""
+
+    disk: str
+    size_bytes: int
+    copied_bytes: int
+    fleecing_bytes: int
+    grant_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is; `waits_for` says why while it is queued."""
+
+    vm: str
+    run: str
+    phase: Phase
+    disks: tuple[DiskProgress, ...] = ()
+    waits_for: str = ""

@@ -1,1 +1,1 @@
-
+"""Who may use how much of a storage, and when."""

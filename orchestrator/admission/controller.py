@@ -105,16 +105,12 @@ class Controller:
 
     def attach(self, lease: Lease, disk: str, file: ImageFile) -> None:
         """Say which file a grant is used by: what it occupies already is not reserved twice."""
-        lease.grants[disk] = Grant(
-            lease.grants[disk].storage, lease.grants[disk].size_bytes, file
-        )
+        lease.grants[disk] = Grant(lease.grants[disk].storage, lease.grants[disk].size_bytes, file)
 
     def grow(self, lease: Lease, disk: str, wanted_bytes: int) -> int:
         """Extend a grant towards `wanted_bytes` in all; returns the new size, the old one if refused."""
         grant = lease.grants[disk]
-        more = decide.growth(
-            self._storage_state(grant.storage), max(0, wanted_bytes - grant.size_bytes)
-        )
+        more = decide.growth(self._storage_state(grant.storage), max(0, wanted_bytes - grant.size_bytes))
         lease.grants[disk] = Grant(grant.storage, grant.size_bytes + more, grant.file)
         return grant.size_bytes + more
 
@@ -163,21 +159,13 @@ class Controller:
             on_target[lease.request.target] = on_target.get(lease.request.target, 0) + 1
         return decide.State(
             decide.Slots(len(self._leases), self._max_runs),
-            {
-                name: decide.Slots(on_target.get(name, 0), limit)
-                for name, limit in self._target_max_runs.items()
-            },
+            {name: decide.Slots(on_target.get(name, 0), limit) for name, limit in self._target_max_runs.items()},
             {name: self._storage_state(name) for name in self._storages},
         )
 
     def _storage_state(self, name: str) -> decide.StorageState:
         storage = self._storages[name]
-        grants = [
-            grant
-            for lease in self._leases
-            for grant in lease.grants.values()
-            if grant.storage == name
-        ]
+        grants = [grant for lease in self._leases for grant in lease.grants.values() if grant.storage == name]
         granted_bytes = sum(grant.size_bytes for grant in grants)
         used_bytes = sum(grant.file.used_bytes() for grant in grants if grant.file)
         space = self._space(storage)

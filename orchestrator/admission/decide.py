@@ -107,9 +107,7 @@ def _obstacles(state: State, request: Request) -> dict[str, str]:
     for name, wanted_bytes in request.grants.items():
         storage = state.storages[name]
         if storage.max_runs is not None and storage.runs >= storage.max_runs:
-            obstacles[f"storage {name}"] = (
-                f"storage {name}: {storage.runs} of {storage.max_runs} runs under way"
-            )
+            obstacles[f"storage {name}"] = f"storage {name}: {storage.runs} of {storage.max_runs} runs under way"
         elif wanted_bytes > storage.free_bytes:
             obstacles[f"storage {name}"] = (
                 f"storage {name}: {format_size(wanted_bytes)} wanted,"
@@ -129,7 +127,5 @@ def _after_admitting(state: State, request: Request) -> State:
             runs=storage.runs + 1,
         )
     targets = dict(state.targets)
-    targets[request.target] = replace(
-        targets[request.target], used=targets[request.target].used + 1
-    )
+    targets[request.target] = replace(targets[request.target], used=targets[request.target].used + 1)
     return State(replace(state.host, used=state.host.used + 1), targets, storages)

@@ -1,1 +1,1 @@
-
+"""Commands, rendering and exit codes; no logic."""

@@ -1,1 +1,1 @@
-
+"""Fleecing images, their grants, and the filters in a guest's QEMU."""

@@ -12,16 +12,17 @@ import structlog
 
 from orchestrator.admission import estimate
 from orchestrator.admission.controller import Controller, Lease
-from orchestrator.errors import CommandFailed
+from orchestrator.errors import CommandFailed, MonitorError
 from orchestrator.fleecing import image
 from orchestrator.fleecing.names import DiskNames
 from orchestrator.model import Disk
 from orchestrator.qemu import commands
-from orchestrator.qemu.monitor import EventStream, Monitor
+from orchestrator.qemu.monitor import Event, Monitor
 
 log = structlog.get_logger(__name__)
 
 EVENT = "BLOCK_WRITE_THRESHOLD"
+RETRY_SECONDS = 0.5
 
 
 @dataclass(slots=True)
@@ -39,9 +40,7 @@ class Fleeced:
 class GrantKeeper:
     """Looks after the grants of one run, until each disk is let go of."""
 
-    def __init__(
-        self, monitor: Monitor, controller: Controller, lease: Lease, *, growable: bool
-    ) -> None:
+    def __init__(self, monitor: Monitor, controller: Controller, lease: Lease, *, growable: bool) -> None:
         self._monitor = monitor
         self._controller = controller
         self._lease = lease
@@ -59,19 +58,28 @@ class GrantKeeper:
         if self._growable:
             await self._set_threshold(fleeced)
 
-    async def serve(self, events: EventStream) -> None:
-        """Answer thresholds until cancelled. Raises ConnectionLost when the stream ends."""
+    async def serve(self) -> None:
+        """Answer thresholds until cancelled, also over a lost connection (whoever copies connects again)."""
         while True:
-            event = await events.next()
-            for fleeced in self._fleeced.values():
-                if fleeced.names.grant == event.data["node-name"]:
-                    await self._grow(fleeced)
+            try:
+                with self._monitor.subscribe(EVENT) as events:
+                    await self._catch_up()
+                    while True:
+                        await self._answer(await events.next())
+            except MonitorError as error:
+                log.warning("grant.unattended", error=str(error))
+                await asyncio.sleep(RETRY_SECONDS)
 
-    async def catch_up(self) -> None:
+    async def _answer(self, event: Event) -> None:
+        for fleeced in list(self._fleeced.values()):
+            if fleeced.names.grant == event.data["node-name"]:
+                await self._grow(fleeced)
+
+    async def _catch_up(self) -> None:
         """Grow what crossed its threshold while nobody listened: QEMU resets a threshold that it reported."""
         nodes = await self._monitor.execute(commands.QUERY_NODES)
         reported = {node["node-name"] for node in nodes if node["write_threshold"] == 0}
-        for fleeced in self._fleeced.values():
+        for fleeced in list(self._fleeced.values()):
             if self._growable and fleeced.names.grant in reported:
                 await self._grow(fleeced)
 
@@ -113,9 +121,5 @@ class GrantKeeper:
         return True
 
     async def _set_threshold(self, fleeced: Fleeced) -> None:
-        fleeced.threshold_bytes = estimate.threshold(
-            fleeced.grant_bytes, crossed_bytes=fleeced.threshold_bytes
-        )
-        await self._monitor.execute(
-            commands.write_threshold(fleeced.names.grant, fleeced.threshold_bytes)
-        )
+        fleeced.threshold_bytes = estimate.threshold(fleeced.grant_bytes, crossed_bytes=fleeced.threshold_bytes)
+        await self._monitor.execute(commands.write_threshold(fleeced.names.grant, fleeced.threshold_bytes))

@@ -20,7 +20,7 @@ import structlog
 from orchestrator.errors import CommandFailed, MonitorError, TargetError
 from orchestrator.fleecing.names import CBW, DISMANTLING, FLEECING, DiskNames, role_of
 from orchestrator.model import Disk
-from orchestrator.qemu import commands, inventory, jobs
+from orchestrator.qemu import commands, inventory, jobs, tools
 from orchestrator.qemu.capabilities import Capabilities
 from orchestrator.qemu.commands import Command
 from orchestrator.qemu.monitor import Event, Monitor, raise_first
@@ -53,9 +53,7 @@ async def attach_target(monitor: Monitor, names: DiskNames, descriptor: int) -> 
     }
     await monitor.execute(commands.blockdev_add(file))
     await monitor.execute(commands.remove_fd(fdset))
-    await monitor.execute(
-        commands.blockdev_add(commands.image_node(names.target, file=names.target_file))
-    )
+    await monitor.execute(commands.blockdev_add(commands.image_node(names.target, file=names.target_file)))
 
 
 async def take_snapshot(
@@ -71,6 +69,9 @@ async def take_snapshot(
     if not running:
         raise_first(await monitor.pipeline(inserting))
         return None
+    # `stop` flushes the disks while the guest is paused: what the host still caches is written before.
+    images = [one.disk.image for one in filters if one.disk.image is not None]
+    await asyncio.to_thread(tools.write_back, images)
     with monitor.subscribe("STOP", "RESUME") as events:
         replies = await monitor.pipeline([commands.STOP, *inserting, commands.CONT])
         raise_first(replies)
@@ -95,9 +96,7 @@ def insertion(filters: Sequence[Filter], *, cbw_timeout_seconds: int) -> list[Co
     ]
     drives = [commands.set_drive(one.disk.device_path, one.names.cbw) for one in filters]
     snapshots = [
-        commands.blockdev_add(
-            commands.snapshot_access_node(one.names.snapshot, cbw=one.names.cbw)
-        )
+        commands.blockdev_add(commands.snapshot_access_node(one.names.snapshot, cbw=one.names.cbw))
         for one in filters
     ]
     return [*cbws, *drives, *snapshots]
@@ -143,9 +142,7 @@ async def dismantle(monitor: Monitor, prefix: str, capabilities: Capabilities) -
     await _take_out(monitor, prefix, capabilities, roles=DISMANTLING)
 
 
-async def _take_out(
-    monitor: Monitor, prefix: str, capabilities: Capabilities, *, roles: Sequence[str]
-) -> None:
+async def _take_out(monitor: Monitor, prefix: str, capabilities: Capabilities, *, roles: Sequence[str]) -> None:
     taking_out = removal(
         prefix,
         roles=roles,
@@ -185,9 +182,7 @@ def removal(
     found: list[Command] = []
     for node in ordered:
         if role_of(node) == CBW:
-            found += [
-                commands.set_drive(path, below[node]) for path in _devices_on(node, block)
-            ]
+            found += [commands.set_drive(path, below[node]) for path in _devices_on(node, block)]
         found.append(commands.blockdev_del(node))
     return found
 
@@ -198,11 +193,7 @@ def nodes_below(graph: dict[str, Any]) -> dict[str, str]:
     It is QEMU's only answer to what is below a filter, and is truer than any memory of ours.
     """
     names = {node["id"]: node["name"] for node in graph["nodes"]}
-    return {
-        names[edge["parent"]]: names[edge["child"]]
-        for edge in graph["edges"]
-        if edge["name"] == "file"
-    }
+    return {names[edge["parent"]]: names[edge["child"]] for edge in graph["edges"] if edge["name"] == "file"}
 
 
 def _devices_on(node: str, block: Sequence[dict[str, Any]]) -> list[str]:
@@ -237,9 +228,7 @@ async def _cancel_and_dismiss(monitor: Monitor, prefix: str) -> list[str]:
     ]
     await monitor.pipeline(
         [
-            commands.dismiss_job(job["id"])
-            if job["status"] == "concluded"
-            else commands.cancel_job(job["id"])
+            commands.dismiss_job(job["id"]) if job["status"] == "concluded" else commands.cancel_job(job["id"])
             for job in left
         ]
     ) if left else None

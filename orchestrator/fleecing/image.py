@@ -24,8 +24,7 @@ async def create(storage: Storage, *, disk_bytes: int, length_bytes: int) -> Ima
             await asyncio.to_thread(os.ftruncate, file.descriptor, length_bytes)
         except OSError as error:
             raise ToolError(
-                f"storage {storage.name}: cannot make a sparse file of {length_bytes} bytes:"
-                f" {error.strerror}",
+                f"storage {storage.name}: cannot make a sparse file of {length_bytes} bytes: {error.strerror}",
                 hint="its file system must allow sparse files as large as the VM's largest disk",
             ) from error
     except BaseException:
@@ -42,9 +41,7 @@ async def attach(monitor: Monitor, names: DiskNames, file: ImageFile, grant_byte
     await monitor.execute(commands.remove_fd(fdset))
     grant = commands.grant_node(names.grant, file=names.file, size_bytes=grant_bytes)
     await monitor.execute(commands.blockdev_add(grant))
-    await monitor.execute(
-        commands.blockdev_add(commands.image_node(names.image, file=names.grant))
-    )
+    await monitor.execute(commands.blockdev_add(commands.image_node(names.image, file=names.grant)))
 
 
 async def extend(monitor: Monitor, names: DiskNames, grant_bytes: int) -> None:

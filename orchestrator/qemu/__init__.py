@@ -1,1 +1,1 @@
-
+"""Everything that is said to QEMU and its tools."""

@@ -42,6 +42,4 @@ def _members(entities: Mapping[str, Mapping[str, Any]], type_name: str | None) -
 
 
 def _variants(entities: Mapping[str, Mapping[str, Any]], type_name: str) -> dict[str, str]:
-    return {
-        variant["case"]: variant["type"] for variant in entities[type_name].get("variants", [])
-    }
+    return {variant["case"]: variant["type"] for variant in entities[type_name].get("variants", [])}

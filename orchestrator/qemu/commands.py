@@ -124,9 +124,7 @@ def set_speed(job: str, speed_bytes_per_second: int) -> Command:
 
 def write_threshold(node: str, threshold_bytes: int) -> Command:
     """BLOCK_WRITE_THRESHOLD once a write ends beyond it; fires once, then has to be set again."""
-    return Command(
-        "block-set-write-threshold", {"node-name": node, "write-threshold": threshold_bytes}
-    )
+    return Command("block-set-write-threshold", {"node-name": node, "write-threshold": threshold_bytes})
 
 
 def reopen(options: Mapping[str, Any]) -> Command:

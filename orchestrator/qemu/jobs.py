@@ -70,9 +70,7 @@ def from_query(state: JobState, reply: Iterable[Mapping[str, Any]]) -> JobState 
 
 def foreign(reply: Iterable[Mapping[str, Any]]) -> list[str]:
     """Somebody else's block jobs, in words, from query-block-jobs."""
-    return [
-        f"{job['type']} job {job['device']!r}" for job in reply if not is_ours(str(job["device"]))
-    ]
+    return [f"{job['type']} job {job['device']!r}" for job in reply if not is_ours(str(job["device"]))]
 
 
 def is_ours(name: str) -> bool:

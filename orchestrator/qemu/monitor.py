@@ -109,9 +109,7 @@ class Monitor(abc.ABC):
         """Open a stream of the named events. Subscribe before executing what causes them."""
         return self._router.open(names)
 
-    async def execute(
-        self, command: Command, *, deadline_seconds: float = DEADLINE_SECONDS
-    ) -> Any:
+    async def execute(self, command: Command, *, deadline_seconds: float = DEADLINE_SECONDS) -> Any:
         """Execute one command and return its reply.
 
         Raises CommandFailed, CommandTimeout, ConnectionLost.

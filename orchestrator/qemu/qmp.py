@@ -142,9 +142,7 @@ class QmpMonitor(Monitor):
                 self._router.lose(self._lost())
 
     def _lost(self) -> ConnectionLost:
-        return ConnectionLost(
-            f"VM {self._vm}: the connection to {self._path} was lost", hint=OUTCOME_UNKNOWN
-        )
+        return ConnectionLost(f"VM {self._vm}: the connection to {self._path} was lost", hint=OUTCOME_UNKNOWN)
 
     async def reconnect(self, *, deadline_seconds: float) -> None:
         async with self._connect_lock:  # everybody who uses the monitor notices a loss at once
@@ -233,7 +231,5 @@ class _Forwarder(EventListener):
         if isinstance(stamp, dict):
             seconds = stamp.get("seconds", 0) + stamp.get("microseconds", 0) / 1e6
         data = event.get("data")
-        self._router.publish(
-            Event(str(event["event"]), data if isinstance(data, dict) else {}, seconds)
-        )
+        self._router.publish(Event(str(event["event"]), data if isinstance(data, dict) else {}, seconds))
         return False

@@ -5,9 +5,11 @@ Errors are ToolError; cancellation ends the tool.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from orchestrator import aio
@@ -24,9 +26,7 @@ async def create_qcow2(descriptor: int, size_bytes: int, *, options: str = "") -
     await _run([*argv, f"/dev/fd/{descriptor}", str(size_bytes)], pass_fds=(descriptor,))
 
 
-async def convert(
-    source: Path, source_format: str, to: Path, to_format: str, *, into_existing: bool
-) -> None:
+async def convert(source: Path, source_format: str, to: Path, to_format: str, *, into_existing: bool) -> None:
     """Copy an image's content into another one. `into_existing`: a block device, which is not created."""
     argv = ["qemu-img", "convert", "-f", source_format, "-O", to_format]
     if into_existing:
@@ -40,12 +40,12 @@ async def virtual_size(path: Path, image_format: str) -> int:
     return int(json.loads(finished.stdout)["virtual-size"])
 
 
-async def sha256(path: Path, image_format: str) -> str:
-    """The SHA-256 of an image's whole content, in hex.
+async def sha256(path: Path, image_format: str, *, size_bytes: int | None = None) -> str:
+    """The SHA-256 of an image's whole content, in hex; of its first `size_bytes` if given.
 
     nbdcopy starts qemu-nbd on a private socket, reads through it and writes the content to a pipe.
     """
-    server = ["qemu-nbd", "--read-only", f"--format={image_format}", str(path)]
+    server = ["qemu-nbd", "--read-only", *_image_options(path, image_format, size_bytes)]
     read_end, write_end = os.pipe()
     try:
         process = await asyncio.create_subprocess_exec(
@@ -73,9 +73,30 @@ async def sha256(path: Path, image_format: str) -> str:
     return digest
 
 
+def _image_options(path: Path, image_format: str, size_bytes: int | None) -> list[str]:
+    if size_bytes is None:
+        return [f"--format={image_format}", str(path)]
+    options = {"driver": "raw", "size": size_bytes, "file": {"driver": "host_device", "filename": str(path)}}
+    return ["json:" + json.dumps(options)]
+
+
+def write_back(paths: Iterable[str]) -> None:
+    """Have the host write what it caches of images, as far as we can open them. Blocks.
+
+    Twice: what a guest writes during the first time is little.
+    """
+    for path in [*paths] * 2:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                os.fdatasync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
 def _hash_pipe(descriptor: int) -> str:
     digest = hashlib.sha256()
-    with open(descriptor, "rb", buffering=0) as pipe:  # noqa: PTH123  a descriptor, not a path
+    with open(descriptor, "rb", buffering=0) as pipe:
         while chunk := pipe.read(PIPE_READ_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

@@ -49,9 +49,7 @@ class Situation:
     migration: Mapping[str, Any]
 
 
-def check_situation(
-    vm: str, situation: Situation, disks: Sequence[Disk], capabilities: Capabilities
-) -> None:
+def check_situation(vm: str, situation: Situation, disks: Sequence[Disk], capabilities: Capabilities) -> None:
     """Raise RefusedError if somebody else's work, or the VM's state, forbids a backup now."""
     if not (capabilities.break_snapshot and capabilities.snapshot_access):
         raise RefusedError(
@@ -77,16 +75,13 @@ def check_situation(
     for disk in disks:
         if disk.node_driver in FILTERS_OF_JOBS:
             raise RefusedError(
-                f"VM {vm}: disk {disk.id} is under somebody else's {disk.node_driver} filter"
-                f" ({disk.node})",
+                f"VM {vm}: disk {disk.id} is under somebody else's {disk.node_driver} filter ({disk.node})",
                 hint="end the backup, mirror or commit that put it there, then try again",
                 code="foreign-filter",
             )
 
 
-def choose_disks(
-    vm: str, disks: Sequence[Disk], exclude: Sequence[str]
-) -> tuple[list[Disk], dict[str, str]]:
+def choose_disks(vm: str, disks: Sequence[Disk], exclude: Sequence[str]) -> tuple[list[Disk], dict[str, str]]:
     """The disks to back up, and why each other one is not. Raises RefusedError if none is left."""
     chosen, skipped = [], {}
     for disk in disks:
@@ -132,15 +127,12 @@ def plan(
             raise
         return _without_fleecing(chosen, skipped, (f"backed up without fleecing: {error}",))
     disks = tuple(
-        DiskPlan(disk, Kind.FULL, REASON_FULL, grants[disk.id][0], grants[disk.id][1])
-        for disk in chosen
+        DiskPlan(disk, Kind.FULL, REASON_FULL, grants[disk.id][0], grants[disk.id][1]) for disk in chosen
     )
     return Plan(disks, skipped)
 
 
-def _without_fleecing(
-    chosen: Sequence[Disk], skipped: Mapping[str, str], warnings: tuple[str, ...]
-) -> Plan:
+def _without_fleecing(chosen: Sequence[Disk], skipped: Mapping[str, str], warnings: tuple[str, ...]) -> Plan:
     disks = tuple(DiskPlan(disk, Kind.FULL, REASON_FULL, None, 0) for disk in chosen)
     return Plan(disks, skipped, warnings)
 

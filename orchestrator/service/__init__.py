@@ -1,1 +1,1 @@
-
+"""The long-running parts: composition root, daemon, scheduler."""

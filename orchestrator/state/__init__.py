@@ -1,1 +1,1 @@
-
+"""What is remembered between processes: the catalogue and who owns it."""

@@ -1,1 +1,1 @@
-
+"""Where fleecing images live."""

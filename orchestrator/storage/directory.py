@@ -9,10 +9,12 @@ import contextlib
 import errno
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 from orchestrator.errors import StorageError
 from orchestrator.storage.base import ImageFile, Space, Storage
+from orchestrator.units import Share
 
 BLOCK = 512
 """What st_blocks counts in, whatever the file system's block size (POSIX sys/stat.h)."""
@@ -40,7 +42,7 @@ class DescriptorFile(ImageFile):
 
 
 class DirectoryStorage(Storage):
-    """See the contract, `Storage`. `min_free` is bytes, or a share of the file system between 0 and 1."""
+    """See the contract, `Storage`. `min_free` is bytes or a share of the file system."""
 
     def __init__(
         self,
@@ -48,7 +50,7 @@ class DirectoryStorage(Storage):
         path: Path,
         *,
         quota_bytes: int,
-        min_free: int | float,
+        min_free: Share | int,
         max_runs: int | None = None,
     ) -> None:
         self.name = name
@@ -83,8 +85,8 @@ class DirectoryStorage(Storage):
         with self._explained("ask for its free space"):
             status = os.statvfs(self.path)
         floor = self._min_free
-        if isinstance(floor, float):
-            floor = int(floor * status.f_blocks * status.f_frsize)
+        if isinstance(floor, Share):
+            floor = floor.of(status.f_blocks * status.f_frsize)
         return Space(free_bytes=status.f_bavail * status.f_frsize, floor_bytes=floor)
 
     def nearness(self, image: Path) -> int:
@@ -97,7 +99,7 @@ class DirectoryStorage(Storage):
         return 0
 
     @contextlib.contextmanager
-    def _explained(self, act: str):  # noqa: ANN202  a generator wrapped by contextmanager
+    def _explained(self, act: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:

@@ -53,9 +53,7 @@ class Snapshot:
             if disk.disk == name:
                 return disk
         names = ", ".join(disk.disk for disk in self.disks)
-        raise TargetError(
-            f"snapshot {self.id} has no disk {name!r}", hint=f"it has: {names}", code="no-disk"
-        )
+        raise TargetError(f"snapshot {self.id} has no disk {name!r}", hint=f"it has: {names}", code="no-disk")
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,9 +56,7 @@ def read(path: Path, *, target: str) -> Snapshot:
             created=datetime.fromisoformat(document["created"]),
             kind=document["kind"],
             disks=tuple(
-                SnapshotDisk(
-                    disk["disk"], disk["size_bytes"], disk["sha256"], disk["stored_bytes"]
-                )
+                SnapshotDisk(disk["disk"], disk["size_bytes"], disk["sha256"], disk["stored_bytes"])
                 for disk in document["disks"]
             ),
             details=document["details"],

@@ -78,7 +78,15 @@ class ImagesTarget(Target):
                 created += timedelta(seconds=1)
             lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        return ImagesDraft(self.name, vm, partial, final, created, lock, self._compression)
+        return ImagesDraft(
+            self.name,
+            vm,
+            partial=partial,
+            final=final,
+            created=created,
+            lock=lock,
+            compression=self._compression,
+        )
 
     def _remove_if_dead(self, partial: Path) -> None:
         lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -119,6 +127,7 @@ class ImagesDraft(Draft):
         self,
         target: str,
         vm: str,
+        *,
         partial: Path,
         final: Path,
         created: datetime,

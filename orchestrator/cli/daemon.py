@@ -1,0 +1,13 @@
+"""`vmfleece daemon`."""
+
+import argparse
+
+from orchestrator.config import Config
+from orchestrator.errors import EXIT_OK
+from orchestrator.service.daemon import serve
+
+
+async def daemon(config: Config, _arguments: argparse.Namespace) -> int:
+    """Serve until told to stop."""
+    await serve(config)
+    return EXIT_OK

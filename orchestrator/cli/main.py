@@ -1,0 +1,175 @@
+"""The command `vmfleece`: its arguments, and how errors become messages and exit codes."""
+
+import argparse
+import asyncio
+import concurrent.futures
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import uvloop
+
+from orchestrator import __version__, config, log
+from orchestrator.cli import backup, daemon, snapshot, vm
+from orchestrator.cli import config as config_command
+from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, VmfleeceError
+
+Command = Callable[[config.Config, argparse.Namespace], Coroutine[Any, Any, int]]
+
+THREADS = 32
+"""Blocking work (fsync, hashing) of several runs side by side."""
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code = _run(arguments)
+    except VmfleeceError as error:
+        _print_error(error, as_json=getattr(arguments, "json", False))
+        code = error.exit_code
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print("vmfleece: interrupted; everything was put back", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (head, less) has seen enough.
+        sys.stderr.close()
+        code = EXIT_FAILED
+    sys.exit(code)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    path = arguments.config or config.default_path()
+    command: Command
+    match arguments.command:
+        case "config":
+            return _config(arguments, path)
+        case "vm":
+            command = vm.list_vms if arguments.action == "list" else vm.show
+        case "snapshot":
+            command = snapshot.list_snapshots if arguments.action == "list" else snapshot.show
+        case "backup":
+            command = backup.backup
+        case "job":
+            command = backup.list_jobs if arguments.action == "list" else backup.run_job
+        case "restore":
+            command = snapshot.restore
+        case _:
+            command = daemon.daemon
+    loaded = config.load(path)
+    serving = arguments.command == "daemon"
+    log.configure(
+        log_format=loaded.daemon.log_format if serving else "console",
+        level=loaded.daemon.log_level if serving or arguments.verbose else "error",
+    )
+    return run_async(command(loaded, arguments))
+
+
+def _config(arguments: argparse.Namespace, path: Path) -> int:
+    match arguments.action:
+        case "check":
+            return config_command.check(path, arguments.json)
+        case "show":
+            return config_command.show(path, arguments.json)
+        case _:
+            return config_command.schema()
+
+
+def run_async(command: Coroutine[Any, Any, int]) -> int:
+    """Run a command on uvloop. SIGTERM cancels it as Ctrl-C does, so that everything is put back."""
+
+    async def until_signalled() -> int:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(THREADS))
+        task = asyncio.current_task()
+        if task is not None:
+            loop.add_signal_handler(signal.SIGTERM, task.cancel)
+        return await command
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(until_signalled())
+
+
+def _print_error(error: VmfleeceError, *, as_json: bool) -> None:
+    if as_json:
+        document = {"error": {"code": error.code, "message": error.message, "hint": error.hint}}
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(document, indent=2))
+    print(f"vmfleece: {error.message}", file=sys.stderr)
+    if isinstance(error, ConfigError):
+        for problem in error.problems:
+            print(f"  {problem}", file=sys.stderr)
+    if error.hint:
+        print(f"  {error.hint}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="the configuration (default: $VMFLEECE_CONFIG or /etc/vmfleece/vmfleece.toml)",
+    )
+    common.add_argument("--verbose", "-v", action="store_true", help="show the log as well")
+    reporting = argparse.ArgumentParser(add_help=False)
+    reporting.add_argument("--json", action="store_true", help="print JSON for programs")
+
+    parser = argparse.ArgumentParser(
+        prog="vmfleece", description="Back up running QEMU virtual machines without slowing their guests down."
+    )
+    parser.add_argument("--version", action="version", version=f"vmfleece {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    commands.add_parser("daemon", parents=[common], help="the service: run jobs when they are due")
+    _add_actions(commands, common, reporting)
+    one = commands.add_parser("backup", parents=[common, reporting], help="back up VMs now")
+    one.add_argument("vms", nargs="+", metavar="VM", help="names as configured, or patterns such as 'web*'")
+    one.add_argument("--target", metavar="T", help="where to (default: the only one configured)")
+    one.add_argument(
+        "--fleecing", metavar="PROPERTIES", help="enabled=1,storage=S; enabled=0: directly to the target"
+    )
+    one.add_argument("--bwlimit", metavar="KIB", help="KiB/s at most, or a rate such as 50MiB; 0: no limit")
+    one.add_argument("--full", action="store_true", help="copy everything, whatever is there already")
+    one.add_argument("--detach", action="store_true", help="return at once (not available yet)")
+
+    back = commands.add_parser("restore", parents=[common, reporting], help="give disks of a snapshot back")
+    back.add_argument("snapshot", metavar="SNAPSHOT", help="an id, VM@latest or VM@2026-11-22T02:30")
+    which = back.add_mutually_exclusive_group(required=True)
+    which.add_argument("--disk", metavar="DISK", help="one disk")
+    which.add_argument("--all", action="store_true", help="all disks, into the folder given by --to")
+    back.add_argument("--to", type=Path, required=True, metavar="PATH", help="a new file or a block device")
+    back.add_argument("--format", choices=["raw", "qcow2"], default="raw", help="default: raw")
+    back.add_argument("--target", metavar="T", help="look only on this target")
+    back.add_argument("--force", action="store_true", help="overwrite a block device")
+    return parser
+
+
+def _add_actions(commands: Any, common: argparse.ArgumentParser, reporting: argparse.ArgumentParser) -> None:
+    """Commands that are a noun and a verb."""
+    group = commands.add_parser("config", help="the configuration").add_subparsers(dest="action", required=True)
+    group.add_parser("check", parents=[common, reporting], help="all errors at once")
+    group.add_parser("show", parents=[common, reporting], help="what is in effect, and where it comes from")
+    group.add_parser("schema", parents=[common], help="its JSON schema")
+
+    group = commands.add_parser("vm", help="virtual machines").add_subparsers(dest="action", required=True)
+    group.add_parser("list", parents=[common, reporting], help="which can be reached")
+    one = group.add_parser("show", parents=[common, reporting], help="its disks, and what a backup would do")
+    one.add_argument("vm", metavar="VM")
+
+    group = commands.add_parser("job", help="jobs").add_subparsers(dest="action", required=True)
+    group.add_parser("list", parents=[common, reporting], help="when each is due")
+    one = group.add_parser("run", parents=[common, reporting], help="run one now")
+    one.add_argument("job", metavar="JOB")
+
+    group = commands.add_parser("snapshot", help="what is there").add_subparsers(dest="action", required=True)
+    listing = group.add_parser("list", parents=[common, reporting], help="all of them")
+    listing.add_argument("--vm", metavar="VM", help="of one VM")
+    listing.add_argument("--target", metavar="T", help="on one target")
+    one = group.add_parser("show", parents=[common, reporting], help="one of them")
+    one.add_argument("snapshot", metavar="SNAPSHOT", help="an id, VM@latest or VM@2026-11-22T02:30")
+    one.add_argument("--target", metavar="T", help="look only on this target")

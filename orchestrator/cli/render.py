@@ -1,0 +1,47 @@
+"""Printing: tables for people, JSON for programs, complaints on standard error."""
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.errors import VmfleeceError
+
+WIDE = 200
+"""Columns where standard output is no terminal: nothing is cut or wrapped for a program."""
+
+
+def console() -> Console:
+    """Standard output, as wide as it is, or wide enough."""
+    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else WIDE)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document."""
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def print_table(table: Table) -> None:
+    """A table; a long path is folded on a terminal, never cut."""
+    for column in table.columns:
+        column.overflow = "fold"
+    console().print(table)
+
+
+def print_line(text: str) -> None:
+    """One line, as it is."""
+    print(text, flush=True)
+
+
+def complain(message: str, hint: str = "") -> None:
+    """A problem and what to do, on standard error."""
+    print(f"vmfleece: {message}", file=sys.stderr)
+    if hint:
+        print(f"  {hint}", file=sys.stderr)
+
+
+def error_json(error: VmfleeceError) -> dict[str, str]:
+    """An error as programs see it everywhere."""
+    return {"code": error.code, "message": error.message, "hint": error.hint}

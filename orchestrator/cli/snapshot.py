@@ -1,0 +1,117 @@
+"""`vmfleece snapshot list|show` and `vmfleece restore`."""
+
+import argparse
+import asyncio
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+from rich.table import Table
+
+from orchestrator.cli import render
+from orchestrator.config import Config
+from orchestrator.errors import EXIT_OK, ConfigError, TargetError
+from orchestrator.run.restore import restore as restore_disk
+from orchestrator.service import engine
+from orchestrator.target.base import Snapshot, Target, find
+from orchestrator.units import format_size
+
+
+async def list_snapshots(config: Config, arguments: argparse.Namespace) -> int:
+    """What is on the targets, by VM and oldest first."""
+    found = await _snapshots(_targets(config, arguments.target), arguments.vm)
+    if arguments.json:
+        render.print_json({"snapshots": [_document(snapshot) for snapshot in found]})
+        return EXIT_OK
+    table = Table("SNAPSHOT", "TAKEN", "KIND", "DISKS", "SIZE", "STORED", "TARGET", box=None, pad_edge=False)
+    for snapshot in found:
+        table.add_row(
+            snapshot.id,
+            _local(snapshot.created),
+            snapshot.kind,
+            ", ".join(disk.disk for disk in snapshot.disks),
+            format_size(sum(disk.size_bytes for disk in snapshot.disks)),
+            format_size(sum(disk.stored_bytes for disk in snapshot.disks)),
+            snapshot.target,
+        )
+    render.print_table(table)
+    return EXIT_OK
+
+
+async def show(config: Config, arguments: argparse.Namespace) -> int:
+    """One snapshot."""
+    found = await _snapshots(_targets(config, arguments.target), None)
+    snapshot = find(found, arguments.snapshot)
+    if arguments.json:
+        render.print_json(_document(snapshot))
+        return EXIT_OK
+    details = snapshot.details
+    render.print_line(f"{snapshot.id} on target {snapshot.target}")
+    render.print_line(f"taken {_local(snapshot.created)}, {snapshot.kind}, by run {details.get('run')}")
+    if details.get("pause_ms") is not None:
+        render.print_line(f"guest paused {details['pause_ms']:.1f} ms")
+    table = Table("DISK", "SIZE", "STORED", "SHA-256", box=None, pad_edge=False)
+    for disk in snapshot.disks:
+        table.add_row(disk.disk, format_size(disk.size_bytes), format_size(disk.stored_bytes), disk.sha256)
+    render.print_table(table)
+    return EXIT_OK
+
+
+async def restore(config: Config, arguments: argparse.Namespace) -> int:
+    """Give one disk back, or all of them into a folder."""
+    targets = _targets(config, arguments.target)
+    snapshot = find(await _snapshots(targets, None), arguments.snapshot)
+    to = arguments.to
+    if arguments.all:
+        if not await asyncio.to_thread(to.is_dir):
+            raise TargetError(f"--to {to} is no folder", hint="with --all, give a folder", code="restore-path")
+        wanted = {disk.disk: to / f"{disk.disk}.{arguments.format}" for disk in snapshot.disks}
+    else:
+        wanted = {arguments.disk: to}
+    restored = []
+    for disk, path in wanted.items():
+        one = await restore_disk(
+            targets[snapshot.target],
+            snapshot,
+            disk,
+            to=path,
+            image_format=arguments.format,
+            overwrite=arguments.force,
+        )
+        restored.append(one)
+        if not arguments.json:
+            render.print_line(
+                f"{one.path}: {one.disk} of {snapshot.id}, {format_size(one.size_bytes)}, SHA-256 checked"
+            )
+    if arguments.json:
+        document = [asdict(one) | {"path": str(one.path)} for one in restored]
+        render.print_json({"snapshot": snapshot.id, "restored": document})
+    return EXIT_OK
+
+
+def _targets(config: Config, name: str | None) -> dict[str, Target]:
+    targets = engine.targets(config)
+    if name is None:
+        return targets
+    return {name: targets[checked_target(config, name)]}
+
+
+def checked_target(config: Config, name: str) -> str:
+    """The name, if there is such a target. Raises ConfigError that names those there are."""
+    if name not in config.target:
+        raise ConfigError(
+            f"no target {name!r} in {config.path}", hint=f"there are: {', '.join(config.target) or 'none'}"
+        )
+    return name
+
+
+async def _snapshots(targets: dict[str, Target], vm: str | None) -> list[Snapshot]:
+    return [snapshot for target in targets.values() for snapshot in await target.snapshots(vm)]
+
+
+def _document(snapshot: Snapshot) -> dict[str, Any]:
+    return asdict(snapshot) | {"created": snapshot.created.isoformat()}
+
+
+def _local(moment: datetime) -> str:
+    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")

@@ -1,0 +1,362 @@
+"""One attempt at backing up one VM: the file that sequences a run.
+
+    queued → preparing → snapshotting → copying → committing → cleaning → succeeded | warning | failed | cancelled
+
+The way of the data: QEMU's block job reads the point in time through the snapshot-access node (old data from the
+fleecing image, the rest from the disk) and writes it into the target's sink. Every step pushes its undo before it
+acts, and all undos run at the end, whatever happened; a disk that is done gives everything back at once.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from orchestrator import aio
+from orchestrator.admission import estimate
+from orchestrator.admission.controller import Controller, Grant, Lease
+from orchestrator.errors import ConnectFailed, VmfleeceError
+from orchestrator.fleecing import graph, image
+from orchestrator.fleecing.grant import GrantKeeper
+from orchestrator.fleecing.names import DiskNames, run_prefix
+from orchestrator.model import (
+    ErrorReport,
+    Phase,
+    Progress,
+    RunOptions,
+    RunResult,
+    Vm,
+)
+from orchestrator.qemu import capabilities, commands, jobs, qmp
+from orchestrator.qemu.monitor import Monitor
+from orchestrator.run import copy, survey
+from orchestrator.run.outcome import CANCELLED, DiskRun, Facts, log_result
+from orchestrator.run.plan import Plan
+from orchestrator.storage.base import Storage
+from orchestrator.target.base import Draft, Target
+
+log = structlog.get_logger(__name__)
+
+UNDO_STEP_SECONDS = 120.0
+UNDO_RECONNECT_SECONDS = 20.0
+
+
+class Connect(Protocol):
+    """How a VM's monitor is reached; `qmp.connect` but in tests."""
+
+    def __call__(self, path: Path, *, vm: str) -> AbstractAsyncContextManager[Monitor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What runs share. `is_ours` tells whether a run's id is in our catalogue: its leftovers are ours."""
+
+    storages: Mapping[str, Storage]
+    targets: Mapping[str, Target]
+    controller: Controller
+    is_ours: Callable[[str], bool]
+    connect: Connect = qmp.connect
+
+
+def new_run_id() -> str:
+    """Eight hex digits: short enough to be part of every node's name."""
+    return secrets.token_hex(4)
+
+
+async def back_up(
+    vm: Vm,
+    options: RunOptions,
+    means: Means,
+    *,
+    run: str,
+    on_progress: Callable[[Progress], None],
+    on_cancelled: Callable[[RunResult], None] = lambda _result: None,
+) -> RunResult:
+    """Run it to its end; a failure is an outcome in the result, not an exception.
+
+    Cancellation undoes everything first, tells `on_cancelled` the result, and then raises CancelledError.
+    """
+    with structlog.contextvars.bound_contextvars(vm=vm.name, run=run):
+        started, clock = datetime.now(UTC), time.monotonic()
+        facts = Facts()
+        log.info("run.started", target=options.target, job=options.job)
+        error: ErrorReport | None = None
+        retryable = False
+        cancelled: asyncio.CancelledError | None = None
+        try:
+            await _Run(vm, options, means, run=run, facts=facts, on_progress=on_progress).execute(started)
+        except VmfleeceError as failure:
+            error = ErrorReport(failure.code, failure.message, failure.hint)
+            retryable = failure.retryable
+        except asyncio.CancelledError as cancellation:
+            error = ErrorReport(CANCELLED, "the run was cancelled")
+            cancelled = cancellation
+        except Exception as bug:  # one VM's run must not end the others
+            log.exception("run.bug")
+            what = f"{type(bug).__name__}: {bug}"
+            error = ErrorReport("bug", what, "please report this with the log")
+        result = facts.result(
+            vm.name,
+            run,
+            started=started,
+            duration_seconds=time.monotonic() - clock,
+            error=error,
+            retryable=retryable,
+        )
+        log_result(result, options)
+        if cancelled is not None:
+            on_cancelled(result)
+            raise cancelled
+        return result
+
+
+class _Run:
+    def __init__(
+        self,
+        vm: Vm,
+        options: RunOptions,
+        means: Means,
+        *,
+        run: str,
+        facts: Facts,
+        on_progress: Callable[[Progress], None],
+    ) -> None:
+        self._vm = vm
+        self._options = options
+        self._means = means
+        self._run = run
+        self._facts = facts
+        self._on_progress = on_progress
+        self._undo = aio.UndoStack()
+        self._copying: set[str] = set()
+        self._pausing = False
+        self._phase = Phase.QUEUED
+
+    async def execute(self, started: datetime) -> None:
+        """All phases. What was done is undone at the end, also on failure and cancellation."""
+        target = self._means.targets[self._options.target]
+        await target.prepare()
+        async with self._means.connect(self._vm.qmp, vm=self._vm.name) as monitor:
+            self._capabilities = capabilities.from_schema(await monitor.execute(commands.QUERY_SCHEMA))
+            await survey.settle_leftovers(monitor, self._vm.name, self._capabilities, self._means.is_ours)
+            done = False
+            while not done:
+                planned, running = await self._survey(monitor)
+                for name in {one.storage for one in planned.disks if one.storage is not None}:
+                    await asyncio.to_thread(self._means.storages[name].prepare)
+                async with self._admit(planned) as lease:
+                    # It may have waited for hours: the VM is asked again.
+                    await monitor.reconnect(deadline_seconds=copy.RECONNECT_SECONDS)
+                    again, running = await self._survey(monitor)
+                    if again.disks != planned.disks:
+                        log.info("run.replanned")
+                        continue
+                    self._facts.warnings += planned.warnings
+                    try:
+                        await self._back_up(monitor, lease, planned, started, running=running)
+                        done = True
+                    finally:
+                        self._enter(Phase.CLEANING)
+                        failed = await self._undo.unwind(step_deadline_seconds=UNDO_STEP_SECONDS)
+                        self._facts.warnings += [f"could not undo: {step}" for step in failed]
+
+    async def _survey(self, monitor: Monitor) -> tuple[Plan, bool]:
+        return await survey.survey(
+            monitor,
+            self._vm,
+            self._options.fleecing,
+            self._means.storages,
+            self._capabilities,
+        )
+
+    def _admit(self, planned: Plan) -> AbstractAsyncContextManager[Lease]:
+        return self._means.controller.admit(
+            run=self._run,
+            vm=self._vm.name,
+            target=self._options.target,
+            priority=self._vm.priority,
+            disks={
+                one.disk.id: Grant(one.storage, one.grant_bytes)
+                for one in planned.disks
+                if one.storage is not None
+            },
+            on_wait=self._waiting,
+        )
+
+    async def _back_up(
+        self, monitor: Monitor, lease: Lease, planned: Plan, started: datetime, *, running: bool
+    ) -> None:
+        self._enter(Phase.PREPARING)
+        draft = await self._means.targets[self._options.target].begin(self._vm.name, started)
+        self._undo.push("remove the unfinished snapshot", draft.abort)
+        self._undo.push("take everything out of QEMU", lambda: self._dismantle(monitor))
+        self._facts.disks = [
+            DiskRun(one, DiskNames(self._run, number)) for number, one in enumerate(planned.disks)
+        ]
+        growable = self._capabilities.discard_source
+        keeper = GrantKeeper(monitor, self._means.controller, lease, growable=growable)
+        for disk in self._facts.disks:
+            await self._prepare(monitor, disk, lease, draft, keeper)
+        self._enter(Phase.SNAPSHOTTING)
+        await self._snapshot(monitor, running=running)
+        self._enter(Phase.COPYING)
+        self._copying = {disk.names.job for disk in self._facts.disks}
+        async with aio.background(keeper.serve()):
+            await aio.all_or_first_error(
+                self._copy(monitor, disk, lease, draft, keeper) for disk in self._facts.disks
+            )
+        self._enter(Phase.COMMITTING)
+        self._facts.snapshot = await draft.commit(self._facts.details(self._run, self._options))
+        log.info("snapshot.committed", snapshot=draft.snapshot_id, target=self._options.target)
+
+    async def _prepare(
+        self, monitor: Monitor, disk: DiskRun, lease: Lease, draft: Draft, keeper: GrantKeeper
+    ) -> None:
+        """Everything that can be done while the guest still runs on its own node."""
+        fleeced = disk.plan.storage is not None
+        sink = await draft.add_disk(disk.plan.disk, compressible=fleeced)
+        disk.compress = sink.compress
+        await graph.attach_target(monitor, disk.names, sink.descriptor)
+        if disk.plan.storage is None:
+            return
+        disk.file = await image.create(
+            self._means.storages[disk.plan.storage],
+            disk_bytes=disk.plan.disk.size_bytes,
+            length_bytes=estimate.worst_case(disk.plan.disk.size_bytes),
+        )
+        self._undo.push("close a fleecing image", partial(_close, disk))
+        self._means.controller.attach(lease, disk.plan.disk.id, disk.file)
+        await image.attach(monitor, disk.names, disk.file, disk.plan.grant_bytes)
+        await keeper.take(disk.plan.disk, disk.names)
+
+    async def _snapshot(self, monitor: Monitor, *, running: bool) -> None:
+        filters = [
+            graph.Filter(
+                disk.plan.disk,
+                disk.names,
+                disk.names.image if disk.plan.storage else disk.names.target,
+            )
+            for disk in self._facts.disks
+        ]
+        self._pausing = running
+        self._facts.pause_ms = await graph.take_snapshot(
+            monitor,
+            filters,
+            cbw_timeout_seconds=self._options.cbw_timeout_seconds,
+            running=running,
+        )
+        self._pausing = False
+        log.info("snapshot.taken", disks=len(filters), pause_ms=self._facts.pause_ms)
+
+    async def _copy(
+        self, monitor: Monitor, disk: DiskRun, lease: Lease, draft: Draft, keeper: GrantKeeper
+    ) -> None:
+        """Copy one disk, give back everything that it held, and read its copy back."""
+        watch = copy.Watch(monitor, disk.names.job, lambda state: self._copied(disk, state, lease))
+        ended = await watch.run(
+            commands.backup_job(
+                disk.names.job,
+                device=disk.names.snapshot,
+                target=disk.names.target,
+                speed_bytes_per_second=self._speed(),
+                discard_source=disk.file is not None and self._capabilities.discard_source,
+                compress=disk.compress,
+            )
+        )
+        self._copied(disk, ended.state, lease)
+        if disk.file is not None:
+            high_water_bytes = await image.high_water_bytes(monitor, disk.names)
+            disk.fleecing_peak_bytes = max(disk.fleecing_peak_bytes, high_water_bytes)
+        if not ended.state.succeeded:
+            raise await self._diagnose(disk, ended, keeper)
+        if disk.file is not None:
+            await keeper.let_go(disk.plan.disk.id)
+        await graph.release(monitor, disk.names, self._capabilities)
+        await _close(disk)
+        self._means.controller.release(lease, disk.plan.disk.id)
+        await self._share_bandwidth(monitor, disk)
+        log.info(
+            "disk.copied",
+            disk=disk.plan.disk.id,
+            copied_bytes=disk.copied_bytes,
+            fleecing_peak_bytes=disk.fleecing_peak_bytes,
+        )
+        await draft.seal(disk.plan.disk)
+
+    def _copied(self, disk: DiskRun, state: jobs.JobState, lease: Lease) -> None:
+        disk.copied_bytes = state.current_bytes
+        if disk.file is not None:
+            disk.fleecing_peak_bytes = max(disk.fleecing_peak_bytes, disk.file.used_bytes())
+            disk.grant_bytes = lease.grants[disk.plan.disk.id].size_bytes
+        self._report()
+
+    async def _diagnose(self, disk: DiskRun, ended: copy.Ended, keeper: GrantKeeper) -> VmfleeceError:
+        name = disk.plan.storage
+        free_bytes, refused, grant_bytes = 0, False, 0
+        if name is not None:
+            fleeced = keeper.of(disk.plan.disk.id)
+            refused, grant_bytes = fleeced.refused, fleeced.grant_bytes
+            free_bytes = (await asyncio.to_thread(self._means.storages[name].space)).free_bytes
+        return copy.diagnose(
+            ended,
+            copy.Circumstances(
+                disk=disk.plan.disk.id,
+                storage=name,
+                high_water_bytes=disk.fleecing_peak_bytes,
+                grant_bytes=grant_bytes,
+                growth_refused=refused,
+                storage_free_bytes=free_bytes,
+                cbw_timeout_seconds=self._options.cbw_timeout_seconds,
+            ),
+        )
+
+    def _speed(self) -> int:
+        """What one disk may use of the run's bandwidth; 0: no limit."""
+        limit = self._options.bwlimit_bytes_per_second
+        return max(1, limit // len(self._copying)) if limit else 0
+
+    async def _share_bandwidth(self, monitor: Monitor, done: DiskRun) -> None:
+        """Give what a finished disk used to the others."""
+        self._copying.discard(done.names.job)
+        if self._options.bwlimit_bytes_per_second and self._copying:
+            # A job that ends at this moment refuses: fine.
+            await monitor.pipeline([commands.set_speed(job, self._speed()) for job in self._copying])
+
+    async def _dismantle(self, monitor: Monitor) -> None:
+        """The undo of everything in QEMU. A QEMU that is gone has nothing of ours any more."""
+        try:
+            await monitor.reconnect(deadline_seconds=UNDO_RECONNECT_SECONDS)
+        except ConnectFailed as error:
+            log.warning("vm.gone", error=str(error))
+            return
+        if self._pausing:
+            # Cut off between stop and cont: nobody knows which of them arrived.
+            status = await monitor.execute(commands.QUERY_STATUS)
+            if status["status"] == "paused":
+                await monitor.execute(commands.CONT)
+        await graph.dismantle(monitor, run_prefix(self._run), self._capabilities)
+
+    def _waiting(self, reason: str) -> None:
+        log.info("run.queued", reason=reason)
+        self._on_progress(Progress(self._vm.name, self._run, Phase.QUEUED, waits_for=reason))
+
+    def _enter(self, phase: Phase) -> None:
+        self._phase = phase
+        log.debug("run.phase", phase=phase)
+        self._report()
+
+    def _report(self) -> None:
+        self._on_progress(self._facts.progress(self._vm.name, self._run, self._phase))
+
+
+async def _close(disk: DiskRun) -> None:
+    if disk.file is not None:
+        disk.file.close()

@@ -1,0 +1,146 @@
+"""What a run has come to: the facts that it gathers, and the progress, record and result made of them."""
+
+import logging
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+
+import structlog
+
+from orchestrator import __version__
+from orchestrator.fleecing.names import DiskNames
+from orchestrator.model import (
+    DiskProgress,
+    DiskResult,
+    ErrorReport,
+    Kind,
+    Outcome,
+    Phase,
+    Progress,
+    RunOptions,
+    RunResult,
+)
+from orchestrator.run.plan import REASON_FULL, DiskPlan
+from orchestrator.storage.base import ImageFile
+from orchestrator.target.base import Snapshot
+
+log = structlog.get_logger(__name__)
+
+CANCELLED = "cancelled"
+
+
+@dataclass(slots=True)
+class DiskRun:
+    """One disk under way."""
+
+    plan: DiskPlan
+    names: DiskNames
+    file: ImageFile | None = None
+    grant_bytes: int = 0
+    copied_bytes: int = 0
+    fleecing_peak_bytes: int = 0
+    compress: bool = False
+
+
+@dataclass(slots=True)
+class Facts:
+    """What is known of a run so far."""
+
+    disks: list[DiskRun] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    pause_ms: float | None = None
+    snapshot: Snapshot | None = None
+
+    def progress(self, vm: str, run: str, phase: Phase) -> Progress:
+        """How far it is."""
+        disks = tuple(
+            DiskProgress(
+                disk=disk.plan.disk.id,
+                size_bytes=disk.plan.disk.size_bytes,
+                copied_bytes=disk.copied_bytes,
+                fleecing_bytes=disk.file.used_bytes() if disk.file else 0,
+                grant_bytes=disk.grant_bytes,
+            )
+            for disk in self.disks
+        )
+        return Progress(vm, run, phase, disks)
+
+    def details(self, run: str, options: RunOptions) -> dict[str, object]:
+        """What the snapshot keeps about its run."""
+        return {
+            "run": run,
+            "job": options.job,
+            "kind": Kind.FULL,
+            "consistency": options.consistency,
+            "pause_ms": self.pause_ms,
+            "vmfleece": __version__,
+            "disks": [
+                {
+                    "disk": disk.plan.disk.id,
+                    "reason": disk.plan.reason,
+                    "source": disk.plan.disk.image,
+                    "source_driver": disk.plan.disk.node_driver,
+                    "storage": disk.plan.storage,
+                    "fleecing_peak_bytes": disk.fleecing_peak_bytes,
+                }
+                for disk in self.disks
+            ],
+        }
+
+    def result(
+        self,
+        vm: str,
+        run: str,
+        *,
+        started: datetime,
+        duration_seconds: float,
+        error: ErrorReport | None,
+        retryable: bool,
+    ) -> RunResult:
+        """How it ended."""
+        outcome = Outcome.WARNING if self.warnings else Outcome.SUCCEEDED
+        if error is not None:
+            outcome = Outcome.CANCELLED if error.code == CANCELLED else Outcome.FAILED
+        return RunResult(
+            vm=vm,
+            run=run,
+            outcome=outcome,
+            snapshot=self.snapshot.id if self.snapshot and error is None else None,
+            kind=Kind.FULL,
+            reason=REASON_FULL,
+            started=started,
+            duration_seconds=round(duration_seconds, 3),
+            pause_ms=round(self.pause_ms, 3) if self.pause_ms is not None else None,
+            disks=tuple(
+                DiskResult(
+                    disk=disk.plan.disk.id,
+                    size_bytes=disk.plan.disk.size_bytes,
+                    copied_bytes=disk.copied_bytes,
+                    fleecing_peak_bytes=disk.fleecing_peak_bytes,
+                    storage=disk.plan.storage,
+                )
+                for disk in self.disks
+            ),
+            warnings=tuple(self.warnings),
+            error=error,
+            retryable=retryable,
+        )
+
+
+def log_result(result: RunResult, options: RunOptions) -> None:
+    """The one closing line of a run: everything that a report needs."""
+    level = logging.INFO if result.error is None else logging.ERROR
+    log.log(
+        level,
+        "run.finished",
+        outcome=result.outcome,
+        snapshot=result.snapshot,
+        kind=result.kind,
+        reason=result.reason,
+        job=options.job,
+        target=options.target,
+        duration_seconds=result.duration_seconds,
+        pause_ms=result.pause_ms,
+        disks=[asdict(disk) for disk in result.disks],
+        warnings=list(result.warnings),
+        error=asdict(result.error) if result.error else None,
+    )

@@ -1,0 +1,108 @@
+"""Giving a snapshot's disks back, checked against the hashes that were taken when it was made.
+
+A file is written under a `.partial` name, hashed, made durable and renamed: what has the final name is right.
+A block device is written in place, and read back.
+"""
+
+import asyncio
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from orchestrator.errors import TargetError
+from orchestrator.qemu import tools
+from orchestrator.target.base import Snapshot, Target
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A disk that was given back and is right."""
+
+    disk: str
+    path: Path
+    size_bytes: int
+    sha256: str
+
+
+async def restore(
+    target: Target, snapshot: Snapshot, disk: str, *, to: Path, image_format: str, overwrite: bool = False
+) -> Restored:
+    """Restore one disk to a new file, or to a block device (which needs `overwrite`).
+
+    Raises TargetError, also if what was restored is not what was backed up. Cancellation leaves no file.
+    """
+    wanted = snapshot.disk(disk)
+    device = await asyncio.to_thread(_check_destination, to, overwrite=overwrite)
+    log.info("restore.started", snapshot=snapshot.id, disk=disk, to=str(to))
+    written = to if device else to.with_name(to.name + ".partial")
+    try:
+        if device:
+            await _check_fits(wanted.size_bytes, to)
+        await target.extract(snapshot, disk, to=written, image_format=image_format)
+        digest = await tools.sha256(written, image_format, size_bytes=wanted.size_bytes if device else None)
+        if digest != wanted.sha256:
+            raise TargetError(
+                f"disk {disk} of {snapshot.id} was restored wrong: SHA-256 {digest} instead of {wanted.sha256}",
+                hint="the snapshot is damaged on its target: restore another one",
+                code="content-wrong",
+            )
+        await asyncio.to_thread(_publish, written, to)
+    except BaseException:
+        if not device:
+            with contextlib.suppress(FileNotFoundError):
+                written.unlink()
+        raise
+    log.info("restore.finished", snapshot=snapshot.id, disk=disk, to=str(to), size_bytes=wanted.size_bytes)
+    return Restored(disk, to, wanted.size_bytes, digest)
+
+
+def _check_destination(to: Path, *, overwrite: bool) -> bool:
+    """Whether the destination is a block device. Raises TargetError if something would be lost."""
+    if not to.parent.is_dir():
+        raise TargetError(f"cannot restore to {to}: no such folder: {to.parent}", code="restore-path")
+    if to.is_block_device():
+        if not overwrite:
+            raise TargetError(
+                f"cannot restore to {to}: it is a block device and would be overwritten",
+                hint="give --force if that is what you want",
+                code="restore-path",
+            )
+        return True
+    if to.exists():
+        raise TargetError(
+            f"cannot restore to {to}: it exists already",
+            hint="vmfleece overwrites no file: give another path, or remove it first",
+            code="restore-path",
+        )
+    return False
+
+
+async def _check_fits(size_bytes: int, device: Path) -> None:
+    device_bytes = await tools.virtual_size(device, "raw")
+    if device_bytes < size_bytes:
+        raise TargetError(
+            f"cannot restore to {device}: it has {device_bytes} bytes, the disk has {size_bytes}",
+            hint="give a block device that is at least as large",
+            code="restore-path",
+        )
+
+
+def _publish(written: Path, to: Path) -> None:
+    descriptor = os.open(written, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    if written != to:
+        os.link(written, to)  # unlike a rename, this fails if the name was taken meanwhile
+        written.unlink()
+        folder = os.open(to.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -1,0 +1,82 @@
+"""Asking a VM what it is and what may be done to it, before anything is done."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import structlog
+
+from orchestrator.errors import RefusedError
+from orchestrator.fleecing import graph
+from orchestrator.fleecing.names import run_of, run_prefix
+from orchestrator.model import Disk, Fleecing, Vm
+from orchestrator.qemu import commands, inventory
+from orchestrator.qemu.capabilities import Capabilities
+from orchestrator.qemu.commands import PREFIX
+from orchestrator.qemu.monitor import Monitor
+from orchestrator.run.plan import Plan, Situation, check_situation, choose_disks, plan
+from orchestrator.storage.base import Storage
+
+log = structlog.get_logger(__name__)
+
+
+async def survey(
+    monitor: Monitor,
+    vm: Vm,
+    fleecing: Fleecing,
+    storages: Mapping[str, Storage],
+    capabilities: Capabilities,
+) -> tuple[Plan, bool]:
+    """What a backup of the VM would do, and whether its guest is running.
+
+    Raises what `plan` raises where it cannot be backed up now.
+    """
+    situation = Situation(
+        status=await monitor.execute(commands.QUERY_STATUS),
+        block_jobs=await monitor.execute(commands.QUERY_BLOCK_JOBS),
+        migration=await monitor.execute(commands.QUERY_MIGRATE),
+    )
+    disks = inventory.disks(await monitor.execute(commands.QUERY_BLOCK))
+    check_situation(vm.name, situation, disks, capabilities)
+    chosen, skipped = choose_disks(vm.name, disks, vm.exclude_disks)
+    planned = plan(
+        vm.name,
+        chosen,
+        skipped,
+        fleecing=fleecing,
+        nearest=await asyncio.to_thread(nearest_storages, chosen, storages),
+        quotas={name: storage.quota_bytes for name, storage in storages.items()},
+    )
+    return planned, bool(situation.status["running"])
+
+
+async def settle_leftovers(
+    monitor: Monitor, vm: str, capabilities: Capabilities, is_ours: Callable[[str], bool]
+) -> None:
+    """Take out what a dead process of ours left in this QEMU; leave a stranger's alone.
+
+    `is_ours` tells whether a run is in our catalogue. Raises RefusedError if one is not.
+    """
+    names = [node["node-name"] for node in await monitor.execute(commands.QUERY_NODES)]
+    names += [job["id"] for job in await monitor.execute(commands.QUERY_JOBS)]
+    for run in sorted({run_of(name) for name in names if name.startswith(PREFIX)}):
+        if not is_ours(run):
+            raise RefusedError(
+                f"VM {vm}: another vmfleece's run {run} is in its QEMU",
+                hint="let it end; two vmfleece with different state_dirs cannot share a VM",
+                code="foreign-run",
+            )
+        log.warning("leftovers.found", of_run=run)
+        await graph.dismantle(monitor, run_prefix(run), capabilities)
+
+
+def nearest_storages(disks: Sequence[Disk], storages: Mapping[str, Storage]) -> dict[str, str | None]:
+    """The storage that holds each disk's own image, by disk; None where none does."""
+    found: dict[str, str | None] = {}
+    for disk in disks:
+        near = {
+            name: storage.nearness(Path(disk.image)) if disk.image else 0 for name, storage in storages.items()
+        }
+        best = max(near, key=near.__getitem__, default=None)
+        found[disk.id] = best if best is not None and near[best] > 0 else None
+    return found
