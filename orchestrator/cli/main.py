@@ -5,6 +5,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
@@ -27,6 +28,7 @@ THREADS = 32
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     arguments = _parser().parse_args(argv)
+    os.umask(0o077)  # what we write holds disks of VMs
     try:
         code = _run(arguments)
     except VmfleeceError as error:
@@ -64,7 +66,7 @@ def _run(arguments: argparse.Namespace) -> int:
     serving = arguments.command == "daemon"
     log.configure(
         log_format=loaded.daemon.log_format if serving else "console",
-        level=loaded.daemon.log_level if serving or arguments.verbose else "error",
+        level=loaded.daemon.log_level if serving or arguments.verbose else "critical",
     )
     return run_async(command(loaded, arguments))
 

@@ -292,7 +292,8 @@ class _Run:
         await draft.seal(disk.plan.disk)
 
     def _copied(self, disk: DiskRun, state: jobs.JobState, lease: Lease) -> None:
-        disk.copied_bytes = state.current_bytes
+        # The last cluster of a disk of odd size counts whole.
+        disk.copied_bytes = min(state.current_bytes, disk.plan.disk.size_bytes)
         if disk.file is not None:
             disk.fleecing_peak_bytes = max(disk.fleecing_peak_bytes, disk.file.used_bytes())
             disk.grant_bytes = lease.grants[disk.plan.disk.id].size_bytes

@@ -90,11 +90,13 @@ class DirectoryStorage(Storage):
         return Space(free_bytes=status.f_bavail * status.f_frsize, floor_bytes=floor)
 
     def nearness(self, image: Path) -> int:
+        own = self.path.resolve()
+        existing = next(path for path in (own, *own.parents) if path.exists())  # it may not be made yet
         with contextlib.suppress(OSError):
-            own, other = self.path.resolve(strict=True), image.resolve(strict=True)
+            other = image.resolve(strict=True)
             if other.is_relative_to(own):
                 return 1 + len(own.parts)
-            if own.stat().st_dev == other.stat().st_dev:
+            if existing.stat().st_dev == other.stat().st_dev:
                 return 1
         return 0
 

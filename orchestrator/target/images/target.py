@@ -142,6 +142,7 @@ class ImagesDraft(Draft):
         self._created = created
         self._lock = lock
         self._compression = compression
+        self._disks: list[str] = []
         self._images: dict[str, int] = {}
         self._sealed: dict[str, SnapshotDisk] = {}
         self._renamed = False
@@ -158,6 +159,7 @@ class ImagesDraft(Draft):
         with explained(self._target, self._path(disk.id)):
             flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
             self._images[disk.id] = os.open(self._path(disk.id), flags, 0o600)
+        self._disks.append(disk.id)
         await tools.create_qcow2(
             self._images[disk.id],
             disk.size_bytes,
@@ -185,7 +187,7 @@ class ImagesDraft(Draft):
                 vm=self._vm,
                 created=self._created,
                 kind=str(details["kind"]),
-                disks=tuple(self._sealed.values()),
+                disks=tuple(self._sealed[disk] for disk in self._disks),
                 details=details,
             )
             await asyncio.to_thread(self._publish, manifest.encode(snapshot))
