@@ -7,6 +7,7 @@ between two awaits on one loop, so no lock is needed. A lease that was admitted 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -47,6 +48,7 @@ class _Waiter:
     reason: str = ""
     lease: Lease | None = None
     admitted: asyncio.Event = field(default_factory=asyncio.Event)
+    context: Context = field(default_factory=copy_context)
 
 
 class Controller:
@@ -151,7 +153,8 @@ class Controller:
             reason = decision.waiting[waiter.request.run]
             if reason != waiter.reason:
                 waiter.reason = reason
-                waiter.on_wait(reason)
+                # Whoever settles is another run: what is logged must carry the waiting run's names.
+                waiter.context.run(waiter.on_wait, reason)
 
     def _state(self) -> decide.State:
         on_target: dict[str, int] = {}
