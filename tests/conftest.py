@@ -1,0 +1,42 @@
+"""What holds for all tests: on which event loops they run, and that none of them leaves a task behind."""
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+import uvloop
+
+LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
+    "asyncio": asyncio.SelectorEventLoop,
+    "uvloop": uvloop.new_event_loop,
+}
+ENTRY_POINT_LOOP = ("tests/qemu/", "tests/peer/")
+"""Tests with a real guest take long: they run on the loop that the command itself runs on."""
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config,
+    item: pytest.Item,
+) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    where = item.path.relative_to(config.rootpath).as_posix()
+    if where.startswith(ENTRY_POINT_LOOP):
+        return {"uvloop": LOOPS["uvloop"]}
+    return LOOPS
+
+
+@pytest.fixture(autouse=True)
+def _no_task_is_left(request: pytest.FixtureRequest) -> None:
+    """Set up before, and so torn down after, every other fixture of an asynchronous test."""
+    test = request.function
+    if hasattr(test, "hypothesis"):
+        test = test.hypothesis.inner_test
+    if inspect.iscoroutinefunction(test):
+        request.getfixturevalue(_all_tasks_end.__name__)
+
+
+@pytest.fixture
+async def _all_tasks_end() -> AsyncIterator[None]:
+    yield
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    assert not left, f"the test left tasks running: {left}"
