@@ -66,7 +66,10 @@ def _image_file(filename: str | None) -> str | None:
     if not filename:
         return None
     if filename.startswith("json:"):
-        options: Any = json.loads(filename.removeprefix("json:"))
+        try:
+            options: Any = json.loads(filename.removeprefix("json:"))
+        except ValueError:
+            return None  # QEMU cuts names off at 4095 bytes (block.c, bdrv_refresh_filename)
         while isinstance(options, dict):
             if isinstance(options.get("filename"), str):
                 return _image_file(options["filename"])
