@@ -1,0 +1,210 @@
+"""What goes into QEMU's graph and out of it: a wrong order kills the guest, so the order is checked in words."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.fleecing.graph import Filter, insertion, nodes_below, removal
+from orchestrator.fleecing.names import DISMANTLING, FLEECING, DiskNames, role_of, run_of, run_prefix
+from orchestrator.model import Disk
+from orchestrator.qemu.commands import Command
+from orchestrator.run.backup import new_run_id
+
+RUN = "0a1b2c3d"
+PREFIX = run_prefix(RUN)
+
+
+def disk(name: str) -> Disk:
+    return Disk(name, f"drive-{name}", f"/machine/peripheral/{name}", 1 << 30, "qcow2", f"/{name}.qcow2")
+
+
+def names(number: int = 0) -> DiskNames:
+    return DiskNames(RUN, number)
+
+
+def words(commands: list[Command]) -> list[str]:
+    """A command and what it is about, without the prefix."""
+    found = []
+    for command in commands:
+        said = command.arguments
+        about = said.get("node-name") or f"{said['path'].rpartition('/')[2]} on {said['value']}"
+        found.append(f"{command.name} {about}".replace(PREFIX, ""))
+    return found
+
+
+def fleeced(number: int, name: str) -> Filter:
+    return Filter(disk(name), names(number), names(number).image)
+
+
+def test_filters_go_in_before_devices_are_put_on_them_and_snapshots_last() -> None:
+    filters = [fleeced(0, "vda"), fleeced(1, "vdb")]
+    assert words(insertion(filters, cbw_timeout_seconds=7)) == [
+        "blockdev-add 0-cbw",
+        "blockdev-add 1-cbw",
+        "qom-set vda on 0-cbw",
+        "qom-set vdb on 1-cbw",
+        "blockdev-add 0-snap",
+        "blockdev-add 1-snap",
+    ]
+
+
+def test_a_filter_breaks_the_backup_never_the_guest() -> None:
+    cbw, drive, snapshot = insertion([fleeced(3, "vda")], cbw_timeout_seconds=7)
+    assert cbw.arguments == {
+        "driver": "copy-before-write",
+        "node-name": f"vmf-{RUN}-3-cbw",
+        "file": "drive-vda",
+        "target": f"vmf-{RUN}-3-img",
+        "on-cbw-error": "break-snapshot",
+        "cbw-timeout": 7,
+    }
+    assert drive.arguments == {
+        "path": "/machine/peripheral/vda",
+        "property": "drive",
+        "value": f"vmf-{RUN}-3-cbw",
+    }
+    assert snapshot.arguments == {
+        "driver": "snapshot-access",
+        "node-name": f"vmf-{RUN}-3-snap",
+        "file": f"vmf-{RUN}-3-cbw",
+        "discard": "unmap",
+    }
+
+
+def test_old_data_goes_to_the_target_without_fleecing() -> None:
+    (cbw, *_) = insertion([Filter(disk("vda"), names(), names().target)], cbw_timeout_seconds=1)
+    assert cbw.arguments["target"] == names().target
+
+
+# --- taking out ---
+
+
+def block_entry(qdev: str, node: str) -> dict[str, Any]:
+    image = {"virtual-size": 1 << 30, "filename": "/x"}
+    return {
+        "device": "",
+        "qdev": qdev,
+        "removable": False,
+        "inserted": {"node-name": node, "drv": "copy-before-write", "ro": False, "image": image},
+    }
+
+
+def graph_of(*edges: tuple[str, str, str]) -> dict[str, Any]:
+    """x-debug-query-block-graph's reply, with edges (parent, edge's name, child)."""
+    all_names = sorted({name for parent, _, child in edges for name in (parent, child)})
+    ids = {name: number for number, name in enumerate(all_names, start=1)}
+    return {
+        "nodes": [{"id": number, "type": "block-driver", "name": name} for name, number in ids.items()],
+        "edges": [
+            {"parent": ids[parent], "child": ids[child], "name": name, "perm": [], "shared-perm": []}
+            for parent, name, child in edges
+        ],
+    }
+
+
+def our_nodes(number: int) -> list[dict[str, Any]]:
+    return [{"node-name": names(number).prefix + role} for role in reversed(DISMANTLING)]
+
+
+FOREIGN = [{"node-name": name} for name in ("drive-vda", "#block123", "vmf-ffffffff-0-cbw", "vmfx")]
+GRAPH = graph_of(
+    ("/machine/peripheral/vda/virtio-backend", "root", names(0).cbw),
+    (names(0).cbw, "file", "drive-vda"),
+    (names(0).cbw, "target", names(0).image),
+    (names(1).cbw, "file", "#block7"),
+    ("drive-vda", "file", "#block1"),
+)
+
+
+def taken_out(
+    nodes: list[dict[str, Any]], block: list[dict[str, Any]], roles: tuple[str, ...] = DISMANTLING
+) -> list[str]:
+    return words(removal(PREFIX, roles=roles, nodes=nodes, block=block, graph=GRAPH))
+
+
+def test_everything_of_a_disk_goes_parents_first() -> None:
+    block = [block_entry("/machine/peripheral/vda/virtio-backend", names().cbw)]
+    assert taken_out(our_nodes(0) + FOREIGN, block) == [
+        "blockdev-del 0-snap",
+        "qom-set vda on drive-vda",
+        "blockdev-del 0-cbw",
+        "blockdev-del 0-img",
+        "blockdev-del 0-grant",
+        "blockdev-del 0-file",
+        "blockdev-del 0-target",
+        "blockdev-del 0-tfile",
+    ]
+
+
+def test_only_the_asked_roles_go() -> None:
+    assert taken_out(our_nodes(0), [], FLEECING) == [f"blockdev-del 0-{role}" for role in FLEECING]
+
+
+def test_each_device_gets_the_node_below_its_own_filter() -> None:
+    block = [
+        block_entry("/machine/peripheral/vda/virtio-backend", names(0).cbw),
+        block_entry("vdb", names(1).cbw),
+        block_entry("vdc", "drive-vdc"),
+    ]
+    out = taken_out([{"node-name": names(number).cbw} for number in (1, 0)], block)
+    assert sorted(out) == [
+        "blockdev-del 0-cbw",
+        "blockdev-del 1-cbw",
+        "qom-set vda on drive-vda",
+        "qom-set vdb on #block7",
+    ]
+    for number, device in ((0, "vda on drive-vda"), (1, "vdb on #block7")):
+        assert out.index(f"qom-set {device}") < out.index(f"blockdev-del {number}-cbw")
+
+
+@pytest.mark.parametrize("nodes", [[], FOREIGN, [{"node-name": f"vmf-{RUN}0-0-cbw"}]])
+def test_what_is_not_of_this_run_stays(nodes: list[dict[str, Any]]) -> None:
+    assert taken_out(nodes, [block_entry("vda", "drive-vda")]) == []
+
+
+def test_a_filter_that_no_device_is_on_any_more_just_goes() -> None:
+    assert taken_out([{"node-name": names().cbw}], [block_entry("vda", "drive-vda")]) == ["blockdev-del 0-cbw"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(DISMANTLING)), unique=True).flatmap(st.permutations))
+def test_whatever_is_left_in_whatever_order_parents_go_first(left: list[tuple[int, str]]) -> None:
+    nodes = [{"node-name": names(number).prefix + role} for number, role in left]
+    out = [
+        command.arguments["node-name"]
+        for command in removal(PREFIX, roles=DISMANTLING, nodes=nodes, block=[], graph=GRAPH)
+    ]
+    assert sorted(out) == sorted(node["node-name"] for node in nodes)
+    ranks = [DISMANTLING.index(role_of(node)) for node in out]
+    assert ranks == sorted(ranks)
+
+
+def test_nodes_below_follows_file_edges_only() -> None:
+    assert nodes_below(GRAPH) == {
+        names(0).cbw: "drive-vda",
+        names(1).cbw: "#block7",
+        "drive-vda": "#block1",
+    }
+
+
+# --- names ---
+
+
+@given(st.integers(0, 999))
+def test_names_fit_qemu_and_tell_what_they_are(number: int) -> None:
+    run = new_run_id()
+    one = DiskNames(run, number)
+    nodes = [one.snapshot, one.cbw, one.image, one.grant, one.file, one.target, one.target_file]
+    assert [role_of(node) for node in nodes] == list(DISMANTLING)
+    assert len({*nodes, one.job}) == 8
+    for name in (*nodes, one.job):
+        assert len(name) <= 31
+        assert name.startswith(run_prefix(run))
+        assert name.startswith(one.prefix)
+        assert run_of(name) == run
+
+
+def test_one_disks_prefix_is_never_another_ones() -> None:
+    assert not names(10).cbw.startswith(names(1).prefix)
+    assert not run_prefix("ab12").startswith(run_prefix("ab1"))
