@@ -15,6 +15,7 @@ from orchestrator.admission.controller import Controller, Lease
 from orchestrator.errors import CommandFailed, MonitorError
 from orchestrator.fleecing import image
 from orchestrator.fleecing.names import DiskNames
+from orchestrator.fleecing.quiet import Quiet
 from orchestrator.model import Disk
 from orchestrator.qemu import commands
 from orchestrator.qemu.monitor import Event, Monitor
@@ -40,10 +41,13 @@ class Fleeced:
 class GrantKeeper:
     """Looks after the grants of one run, until each disk is let go of."""
 
-    def __init__(self, monitor: Monitor, controller: Controller, lease: Lease, *, growable: bool) -> None:
+    def __init__(
+        self, monitor: Monitor, controller: Controller, lease: Lease, quiet: Quiet, *, growable: bool
+    ) -> None:
         self._monitor = monitor
         self._controller = controller
         self._lease = lease
+        self._quiet = quiet
         self._growable = growable
         self._fleeced: dict[str, Fleeced] = {}
 
@@ -112,7 +116,8 @@ class GrantKeeper:
 
     async def _extend(self, fleeced: Fleeced, grant_bytes: int) -> bool:
         try:
-            await image.extend(self._monitor, fleeced.names, grant_bytes)
+            async with self._quiet.changing_graph():
+                await image.extend(self._monitor, fleeced.names, grant_bytes)
         except CommandFailed as error:
             self._controller.shrink(self._lease, fleeced.disk.id, fleeced.grant_bytes)
             log.warning("grant.failed", disk=fleeced.disk.id, error=error.description)

@@ -29,7 +29,6 @@ log = structlog.get_logger(__name__)
 
 JOB_END_SECONDS = 60.0
 REQUERY_SECONDS = 1.0
-FLUSH_SECONDS = 600.0
 PAUSE_EVENT_SECONDS = 5.0
 
 
@@ -45,13 +44,7 @@ class Filter:
 async def attach_target(monitor: Monitor, names: DiskNames, descriptor: int) -> None:
     """Give QEMU the qcow2 file that a disk's content goes to. Undone by `dismantle`."""
     fdset = await monitor.pass_descriptor(descriptor, opaque=names.target_file)
-    file = {
-        "driver": "file",
-        "node-name": names.target_file,
-        "filename": f"/dev/fdset/{fdset}",
-        "discard": "unmap",
-    }
-    await monitor.execute(commands.blockdev_add(file))
+    await monitor.execute(commands.blockdev_add(commands.file_node(names.target_file, fdset)))
     await monitor.execute(commands.remove_fd(fdset))
     await monitor.execute(commands.blockdev_add(commands.image_node(names.target, file=names.target_file)))
 
@@ -110,19 +103,15 @@ async def _next(source: Any, name: str) -> Event:
 
 
 async def release(monitor: Monitor, names: DiskNames, capabilities: Capabilities) -> None:
-    """Take out a disk that was copied, and make sure that all of its copy has reached the target's file.
+    """Take out a disk that was copied, and make sure that QEMU has written all of its copy.
 
     Raises TargetError if QEMU could not write all of it: deleting a node alone would hide that.
     """
     await end_jobs(monitor, names.prefix)
     await _take_out(monitor, names.prefix, capabilities, roles=FLEECING)
     try:
-        # Reopening flushes the format driver's caches and the file, and reports errors
-        # (block.c, bdrv_reopen_prepare).
-        await monitor.execute(
-            commands.reopen(commands.image_node(names.target, file=names.target_file)),
-            deadline_seconds=FLUSH_SECONDS,
-        )
+        # Reopening writes out the format driver's caches and reports errors (block.c, bdrv_reopen_prepare).
+        await monitor.execute(commands.reopen(commands.image_node(names.target, file=names.target_file)))
     except CommandFailed as error:
         raise TargetError(
             f"the backup could not be written out: {error.description}",

@@ -8,6 +8,7 @@ acts, and all undos run at the end, whatever happened; a disk that is done gives
 """
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 
@@ -27,6 +28,7 @@ from orchestrator.errors import ConnectFailed, VmfleeceError
 from orchestrator.fleecing import graph, image
 from orchestrator.fleecing.grant import GrantKeeper
 from orchestrator.fleecing.names import DiskNames, run_prefix
+from orchestrator.fleecing.quiet import Quiet
 from orchestrator.model import (
     ErrorReport,
     Phase,
@@ -118,6 +120,17 @@ async def back_up(
         return result
 
 
+@dataclass(frozen=True, slots=True)
+class _Gear:
+    """What the steps of an admitted run work with."""
+
+    monitor: Monitor
+    lease: Lease
+    draft: Draft
+    keeper: GrantKeeper
+    quiet: Quiet
+
+
 class _Run:
     def __init__(
         self,
@@ -136,7 +149,6 @@ class _Run:
         self._facts = facts
         self._on_progress = on_progress
         self._undo = aio.UndoStack()
-        self._copying: set[str] = set()
         self._pausing = False
         self._phase = Phase.QUEUED
 
@@ -201,30 +213,37 @@ class _Run:
         self._facts.disks = [
             DiskRun(one, DiskNames(self._run, number)) for number, one in enumerate(planned.disks)
         ]
+        quiet = Quiet(monitor)
         growable = self._capabilities.discard_source
-        keeper = GrantKeeper(monitor, self._means.controller, lease, growable=growable)
+        keeper = GrantKeeper(monitor, self._means.controller, lease, quiet, growable=growable)
+        gear = _Gear(monitor, lease, draft, keeper, quiet)
         for disk in self._facts.disks:
-            await self._prepare(monitor, disk, lease, draft, keeper)
+            await self._prepare(gear, disk)
         self._enter(Phase.SNAPSHOTTING)
         await self._snapshot(monitor, running=running)
         self._enter(Phase.COPYING)
-        self._copying = {disk.names.job for disk in self._facts.disks}
-        async with aio.background(keeper.serve()):
-            await aio.all_or_first_error(
-                self._copy(monitor, disk, lease, draft, keeper) for disk in self._facts.disks
-            )
+        with contextlib.ExitStack() as watching:
+            watches = [
+                watching.enter_context(copy.Watch(monitor, disk.names.job, partial(self._copied, disk, lease)))
+                for disk in self._facts.disks
+            ]
+            quiet.jobs = {disk.names.job for disk in self._facts.disks}
+            speed = self._speed(quiet)
+            await monitor.execute(commands.start_backups([self._job(disk, speed) for disk in self._facts.disks]))
+            async with aio.background(keeper.serve()):
+                await aio.all_or_first_error(
+                    self._finish(gear, disk, watch) for disk, watch in zip(self._facts.disks, watches, strict=True)
+                )
         self._enter(Phase.COMMITTING)
         self._facts.snapshot = await draft.commit(self._facts.details(self._run, self._options))
         log.info("snapshot.committed", snapshot=draft.snapshot_id, target=self._options.target)
 
-    async def _prepare(
-        self, monitor: Monitor, disk: DiskRun, lease: Lease, draft: Draft, keeper: GrantKeeper
-    ) -> None:
+    async def _prepare(self, gear: _Gear, disk: DiskRun) -> None:
         """Everything that can be done while the guest still runs on its own node."""
         fleeced = disk.plan.storage is not None
-        sink = await draft.add_disk(disk.plan.disk, compressible=fleeced)
+        sink = await gear.draft.add_disk(disk.plan.disk, compressible=fleeced)
         disk.compress = sink.compress
-        await graph.attach_target(monitor, disk.names, sink.descriptor)
+        await graph.attach_target(gear.monitor, disk.names, sink.descriptor)
         if disk.plan.storage is None:
             return
         disk.file = await image.create(
@@ -233,9 +252,9 @@ class _Run:
             length_bytes=estimate.worst_case(disk.plan.disk.size_bytes),
         )
         self._undo.push("close a fleecing image", partial(_close, disk))
-        self._means.controller.attach(lease, disk.plan.disk.id, disk.file)
-        await image.attach(monitor, disk.names, disk.file, disk.plan.grant_bytes)
-        await keeper.take(disk.plan.disk, disk.names)
+        self._means.controller.attach(gear.lease, disk.plan.disk.id, disk.file)
+        await image.attach(gear.monitor, disk.names, disk.file, disk.plan.grant_bytes)
+        await gear.keeper.take(disk.plan.disk, disk.names)
 
     async def _snapshot(self, monitor: Monitor, *, running: bool) -> None:
         filters = [
@@ -256,42 +275,46 @@ class _Run:
         self._pausing = False
         log.info("snapshot.taken", disks=len(filters), pause_ms=self._facts.pause_ms)
 
-    async def _copy(
-        self, monitor: Monitor, disk: DiskRun, lease: Lease, draft: Draft, keeper: GrantKeeper
-    ) -> None:
-        """Copy one disk, give back everything that it held, and read its copy back."""
-        watch = copy.Watch(monitor, disk.names.job, lambda state: self._copied(disk, state, lease))
-        ended = await watch.run(
-            commands.backup_job(
-                disk.names.job,
-                device=disk.names.snapshot,
-                target=disk.names.target,
-                speed_bytes_per_second=self._speed(),
-                discard_source=disk.file is not None and self._capabilities.discard_source,
-                compress=disk.compress,
-            )
+    def _job(self, disk: DiskRun, speed_bytes_per_second: int) -> dict[str, Any]:
+        return commands.backup_job(
+            disk.names.job,
+            device=disk.names.snapshot,
+            target=disk.names.target,
+            speed_bytes_per_second=speed_bytes_per_second,
+            # Without fleecing it would discard what it has just written to the target.
+            discard_source=disk.file is not None and self._capabilities.discard_source,
+            compress=disk.compress,
         )
-        self._copied(disk, ended.state, lease)
+
+    async def _finish(self, gear: _Gear, disk: DiskRun, watch: copy.Watch) -> None:
+        """Wait for one disk's copy, give back everything that it held, and read the copy back."""
+        ended = await watch.run()
+        gear.quiet.jobs.discard(disk.names.job)
+        self._copied(disk, gear.lease, ended.state)
         if disk.file is not None:
-            high_water_bytes = await image.high_water_bytes(monitor, disk.names)
+            high_water_bytes = await image.high_water_bytes(gear.monitor, disk.names)
             disk.fleecing_peak_bytes = max(disk.fleecing_peak_bytes, high_water_bytes)
         if not ended.state.succeeded:
-            raise await self._diagnose(disk, ended, keeper)
+            raise await self._diagnose(disk, ended, gear.keeper)
         if disk.file is not None:
-            await keeper.let_go(disk.plan.disk.id)
-        await graph.release(monitor, disk.names, self._capabilities)
+            await gear.keeper.let_go(disk.plan.disk.id)
+        async with gear.quiet.changing_graph():
+            await graph.release(gear.monitor, disk.names, self._capabilities)
         await _close(disk)
-        self._means.controller.release(lease, disk.plan.disk.id)
-        await self._share_bandwidth(monitor, disk)
+        self._means.controller.release(gear.lease, disk.plan.disk.id)
+        if self._options.bwlimit_bytes_per_second and gear.quiet.jobs:
+            # What it used goes to the others; a job that ends at this moment refuses: fine.
+            speed = self._speed(gear.quiet)
+            await gear.monitor.pipeline([commands.set_speed(job, speed) for job in sorted(gear.quiet.jobs)])
         log.info(
             "disk.copied",
             disk=disk.plan.disk.id,
             copied_bytes=disk.copied_bytes,
             fleecing_peak_bytes=disk.fleecing_peak_bytes,
         )
-        await draft.seal(disk.plan.disk)
+        await gear.draft.seal(disk.plan.disk)
 
-    def _copied(self, disk: DiskRun, state: jobs.JobState, lease: Lease) -> None:
+    def _copied(self, disk: DiskRun, lease: Lease, state: jobs.JobState) -> None:
         # The last cluster of a disk of odd size counts whole.
         disk.copied_bytes = min(state.current_bytes, disk.plan.disk.size_bytes)
         if disk.file is not None:
@@ -319,17 +342,10 @@ class _Run:
             ),
         )
 
-    def _speed(self) -> int:
+    def _speed(self, quiet: Quiet) -> int:
         """What one disk may use of the run's bandwidth; 0: no limit."""
         limit = self._options.bwlimit_bytes_per_second
-        return max(1, limit // len(self._copying)) if limit else 0
-
-    async def _share_bandwidth(self, monitor: Monitor, done: DiskRun) -> None:
-        """Give what a finished disk used to the others."""
-        self._copying.discard(done.names.job)
-        if self._options.bwlimit_bytes_per_second and self._copying:
-            # A job that ends at this moment refuses: fine.
-            await monitor.pipeline([commands.set_speed(job, self._speed()) for job in self._copying])
+        return max(1, limit // len(quiet.jobs)) if limit else 0
 
     async def _dismantle(self, monitor: Monitor) -> None:
         """The undo of everything in QEMU. A QEMU that is gone has nothing of ours any more."""

@@ -4,8 +4,11 @@ Events wake us, query-jobs tells the truth: a lost connection or a silent QEMU d
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
 import structlog
 
@@ -40,7 +43,7 @@ class Ended:
 
 
 class Watch:
-    """One job, from before it is started until it has concluded."""
+    """One job, from before it is started until it has concluded. Enter it, start the job, then `run`."""
 
     def __init__(self, monitor: Monitor, job: str, on_progress: Callable[[jobs.JobState], None]) -> None:
         self._monitor = monitor
@@ -48,20 +51,27 @@ class Watch:
         self._on_progress = on_progress
         self._operation: str | None = None
         self._stopped = False
+        self._subscriptions = contextlib.ExitStack()
 
-    async def run(self, start: commands.Command) -> Ended:
-        """Start the job and wait for its end. Raises MonitorError if QEMU refuses it, is gone, or stays silent.
+    def __enter__(self) -> Self:
+        self._events = self._subscriptions.enter_context(self._monitor.subscribe(*jobs.EVENTS))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._subscriptions.close()
+
+    async def run(self) -> Ended:
+        """Wait for the job's end. Raises MonitorError if QEMU is gone, or stays silent for too long.
 
         Cancellation leaves the job running; `graph.end_jobs` ends it.
         """
-        with self._monitor.subscribe(*jobs.EVENTS) as events:
-            await self._monitor.execute(start)
-            over = await self._follow(events)
-        while not over:
+        while not await self._follow(self._events):
             # The connection was lost; the job was not.
             await self._monitor.reconnect(deadline_seconds=RECONNECT_SECONDS)
-            with self._monitor.subscribe(*jobs.EVENTS) as events:
-                over = await self._requery() or await self._follow(events)
+            self._subscriptions.close()
+            self._events = self._subscriptions.enter_context(self._monitor.subscribe(*jobs.EVENTS))
         return Ended(self._state, self._operation, self._stopped)
 
     async def _follow(self, events: EventStream) -> bool:
@@ -99,15 +109,15 @@ class Watch:
             self._operation = self._operation or str(data["operation"])
             self._stopped = self._stopped or data["action"] == "stop"
 
-    async def _requery(self) -> bool:
+    async def _requery(self) -> None:
         state = jobs.from_query(self._state, await self._monitor.execute(commands.QUERY_JOBS))
         if state is None:
-            raise ConnectionLost(
+            raise CopyError(
                 f"QEMU does not know the job {self._state.id} any more",
                 hint="the VM was restarted, or somebody dismissed the job",
+                code="vm-gone",
             )
         self._state = state
-        return self._over
 
 
 @dataclass(frozen=True, slots=True)

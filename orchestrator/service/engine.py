@@ -14,7 +14,8 @@ import structlog
 from orchestrator.admission.controller import Controller
 from orchestrator.config import Config
 from orchestrator.model import Progress, RunOptions, RunResult
-from orchestrator.run.backup import Means, back_up, new_run_id
+from orchestrator.qemu import qmp
+from orchestrator.run.backup import Connect, Means, back_up, new_run_id
 from orchestrator.state import lock
 from orchestrator.state.catalogue import Catalogue
 from orchestrator.storage.base import Storage
@@ -51,19 +52,20 @@ def targets(config: Config) -> dict[str, Target]:
 
 
 @contextlib.asynccontextmanager
-async def opened(config: Config) -> AsyncIterator["Engine"]:
-    """An engine that owns state_dir for the block. Raises StateError."""
+async def opened(config: Config, *, connect: Connect = qmp.connect) -> AsyncIterator["Engine"]:
+    """An engine that owns state_dir for the block; `connect` is how it reaches VMs. Raises StateError."""
     with lock.owned(config.daemon.state_dir):
-        yield Engine(config, targets(config))
+        yield Engine(config, connect)
 
 
 class Engine:
     """Runs backups of the configured VMs, each VM's one after the other."""
 
-    def __init__(self, config: Config, targets_by_name: dict[str, Target]) -> None:
+    def __init__(self, config: Config, connect: Connect) -> None:
         self.config = config
         self.catalogue = Catalogue(config.daemon.state_dir)
         by_name = storages(config)
+        targets_by_name = targets(config)
         self._means = Means(
             storages=by_name,
             targets=targets_by_name,
@@ -73,6 +75,7 @@ class Engine:
                 target_max_runs={name: one.max_runs for name, one in targets_by_name.items()},
             ),
             is_ours=self.catalogue.knows,
+            connect=connect,
         )
         self._vm_locks: dict[str, asyncio.Lock] = {}
 

@@ -1,0 +1,89 @@
+"""A backup target that is slow for QEMU, on any machine: QEMU's own throttle filter in front of its file.
+
+The product is used as it is. Only its connection to QEMU is wrapped: when it adds the qcow2 node of a target, a
+throttle node is put between that and the file, and taken out again when the product deletes the file's node.
+All targets of a VM share one limit, as they would share one disk or one network.
+"""
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.fleecing.names import TARGET, TARGET_FILE, role_of
+from orchestrator.qemu import qmp
+from orchestrator.qemu.commands import Command, blockdev_add, blockdev_del
+from orchestrator.qemu.monitor import DEADLINE_SECONDS, Monitor
+
+GROUP = "slow-target"
+
+
+class SlowTargetMonitor(Monitor):
+    """Passes everything on, and puts a throttle node under each target."""
+
+    def __init__(self, inner: qmp.QmpMonitor) -> None:
+        super().__init__()
+        self._inner = inner
+        self._router = inner._router
+
+    async def pipeline(
+        self, commands: Sequence[Command], *, deadline_seconds: float = DEADLINE_SECONDS
+    ) -> list[Any]:
+        sent: list[Command] = []
+        own: set[int] = set()
+        for command in commands:
+            node = str(command.arguments.get("node-name", ""))
+            if command.name == "blockdev-add" and role_of(node) == TARGET:
+                own.add(len(sent))
+                below = command.arguments["file"]
+                sent.append(blockdev_add(_throttle(below)))
+                sent.append(blockdev_add({**command.arguments, "file": _name(below)}))
+            elif command.name == "blockdev-reopen" and role_of(_reopened(command)) == TARGET:
+                options = command.arguments["options"][0]
+                changed = {**options, "file": _name(options["file"])}
+                sent.append(Command(command.name, {"options": [changed]}))
+            elif command.name == "blockdev-del" and role_of(node) == TARGET_FILE:
+                own.add(len(sent))
+                sent += [blockdev_del(_name(node)), command]
+            else:
+                sent.append(command)
+        replies = await self._inner.pipeline(sent, deadline_seconds=deadline_seconds)
+        return [reply for place, reply in enumerate(replies) if place not in own]
+
+    async def pass_descriptor(self, descriptor: int, *, opaque: str) -> int:
+        return await self._inner.pass_descriptor(descriptor, opaque=opaque)
+
+    @property
+    def connected(self) -> bool:
+        return self._inner.connected
+
+    async def reconnect(self, *, deadline_seconds: float) -> None:
+        await self._inner.reconnect(deadline_seconds=deadline_seconds)
+
+
+@contextlib.asynccontextmanager
+async def connect(path: Path, *, vm: str) -> AsyncIterator[Monitor]:
+    """Like `qmp.connect`, to a VM that was started with `qemu_arguments`."""
+    async with qmp.connect(path, vm=vm) as monitor:
+        yield SlowTargetMonitor(monitor)
+
+
+def qemu_arguments(bytes_per_second: int) -> list[str]:
+    """What QEMU is started with: the limit. Bursts of a tenth of a second are allowed."""
+    return [
+        "-object",
+        f"throttle-group,id={GROUP},x-bps-write={bytes_per_second},x-bps-write-max={bytes_per_second}",
+    ]
+
+
+def _throttle(file: str) -> dict[str, Any]:
+    return {"driver": "throttle", "node-name": _name(file), "throttle-group": GROUP, "file": file}
+
+
+def _name(file: str) -> str:
+    """The throttle node's name: not one of the product's, or it would clean it away itself."""
+    return "slow-" + file.removeprefix("vmf-")
+
+
+def _reopened(command: Command) -> str:
+    return str(command.arguments["options"][0]["node-name"])

@@ -1,0 +1,53 @@
+"""Holding a run's jobs still while QEMU's graph of nodes is changed.
+
+Every change of the graph (a node added, deleted or reopened, a device moved) makes QEMU wait for all requests in
+flight, with the guest's I/O held back meanwhile (block/graph-lock.c, bdrv_graph_wrlock). A job that writes to a
+slow target has seconds of requests in flight: without this, releasing one disk while another one copied stalled
+the guest for as long (seen: 16 s). A paused job has none, and pausing it holds nobody back.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from orchestrator.qemu import commands
+from orchestrator.qemu.monitor import Monitor
+
+REQUERY_SECONDS = 1.0
+MOVING = ("created", "running", "ready")
+
+
+class Quiet:
+    """The jobs of one run that may have requests in flight; one change of the graph at a time."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+        self._lock = asyncio.Lock()
+        self.jobs: set[str] = set()
+
+    @contextlib.asynccontextmanager
+    async def changing_graph(self) -> AsyncIterator[None]:
+        """Wait until no job has requests in flight, keep it so for the block, then let them go on.
+
+        Raises MonitorError. After cancellation the jobs may stay paused: the run is being undone.
+        """
+        async with self._lock:
+            held = sorted(self.jobs)
+            if not held:
+                yield
+                return
+            with self._monitor.subscribe("JOB_STATUS_CHANGE") as events:
+                # A job that has just ended refuses; the query below tells.
+                await self._monitor.pipeline([commands.pause_job(job) for job in held])
+                while await self._moving(held):
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(REQUERY_SECONDS):
+                            await events.next()
+            try:
+                yield
+            finally:
+                await self._monitor.pipeline([commands.resume_job(job) for job in held])
+
+    async def _moving(self, held: list[str]) -> bool:
+        states = {job["id"]: job["status"] for job in await self._monitor.execute(commands.QUERY_JOBS)}
+        return any(states.get(job) in MOVING for job in held)
