@@ -24,6 +24,12 @@ from typing import Any
 from orchestrator.errors import TargetError
 from orchestrator.model import Disk
 
+_TIME = re.compile(
+    r"\d{4}-?\d\d-?\d\d(?:[T ](\d\d(?::?\d\d){0,2}(?:\.\d+)?)(?:Z|[+-]\d\d(?::?\d\d)?)?)?", re.ASCII
+)
+_PRECISIONS = {0: timedelta(days=1), 2: timedelta(hours=1), 4: timedelta(minutes=1)}
+"""What a time leaves open, by how many digits of the clock it gives."""
+
 
 @dataclass(frozen=True, slots=True)
 class SnapshotDisk:
@@ -139,15 +145,15 @@ def find(snapshots: Iterable[Snapshot], wanted: str) -> Snapshot:
 
 
 def _end_of(when: str) -> datetime:
-    """The first moment after a time that was given to the day, minute or second."""
+    """The first moment after a time that was given to the day, hour, minute or second."""
     try:
-        moment = datetime.fromisoformat(when)
-    except ValueError as error:
+        written = _TIME.fullmatch(when)
+        if written is None:
+            raise ValueError(when)
+        digits = re.sub(r"\D", "", (written[1] or "").partition(".")[0])
+        precision = _PRECISIONS.get(len(digits), timedelta(seconds=1))
+        return datetime.fromisoformat(when).astimezone(UTC) + precision
+    except (ValueError, OverflowError) as error:
         raise TargetError(
             f"not a time: {when!r}", hint="write it as 2026-11-22, 2026-11-22T02:30 or …:00Z"
         ) from error
-    clock = re.sub(r"(Z|[+-]\d\d:?\d\d)$", "", when.partition("T")[2])
-    precision = timedelta(days=1) if not clock else timedelta(minutes=1)
-    if clock.count(":") == 2:
-        precision = timedelta(seconds=1)
-    return moment.astimezone(UTC) + precision
