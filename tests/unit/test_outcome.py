@@ -1,0 +1,133 @@
+"""What a run came to, as results, records and progress."""
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from orchestrator import __version__
+from orchestrator.fleecing.names import DiskNames
+from orchestrator.model import (
+    Disk,
+    DiskProgress,
+    DiskResult,
+    ErrorReport,
+    Fleecing,
+    Kind,
+    Outcome,
+    Phase,
+    Progress,
+    RunOptions,
+    RunResult,
+)
+from orchestrator.run.outcome import DiskRun, Facts, log_result
+from orchestrator.run.plan import DiskPlan
+from orchestrator.target.base import Snapshot
+
+STARTED = datetime(2026, 11, 22, 2, 30, tzinfo=UTC)
+OPTIONS = RunOptions("main", Fleecing(), job="nightly")
+FAILURE = ErrorReport("copy-failed", "it broke", "mend it")
+CANCELLATION = ErrorReport("cancelled", "the run was cancelled")
+
+
+def facts(**known: Any) -> Facts:
+    disk = Disk("vda", "n", "/machine/peripheral/vda", 4096, "qcow2", "/vda.qcow2")
+    run = DiskRun(
+        DiskPlan(disk, Kind.FULL, "why", "local", 1000),
+        DiskNames("0a1b2c3d", 0),
+        grant_bytes=2000,
+        copied_bytes=1024,
+        fleecing_peak_bytes=512,
+    )
+    return Facts(disks=[run], **known)
+
+
+def committed() -> Snapshot:
+    return Snapshot("web01/20261122T023000Z", "main", "web01", STARTED, "full", (), {})
+
+
+def result(known: Facts, error: ErrorReport | None = None) -> RunResult:
+    return known.result(
+        "web01", "0a1b2c3d", started=STARTED, duration_seconds=1.23456, error=error, retryable=error is FAILURE
+    )
+
+
+@pytest.mark.parametrize(
+    ("warnings", "error", "outcome", "listed"),
+    [
+        ([], None, Outcome.SUCCEEDED, True),
+        (["could not undo: x"], None, Outcome.WARNING, True),
+        ([], FAILURE, Outcome.FAILED, False),
+        (["w"], FAILURE, Outcome.FAILED, False),
+        ([], CANCELLATION, Outcome.CANCELLED, False),
+    ],
+)
+def test_outcomes(warnings: list[str], error: ErrorReport | None, outcome: Outcome, listed: bool) -> None:
+    ended = result(facts(warnings=warnings, snapshot=committed()), error)
+    assert ended.outcome is outcome
+    assert ended.snapshot == ("web01/20261122T023000Z" if listed else None)
+    assert ended.warnings == tuple(warnings)
+    assert ended.error == error
+    assert ended.retryable is (error is FAILURE)
+
+
+def test_a_result_is_data() -> None:
+    ended = result(facts(pause_ms=1.98765, snapshot=committed()))
+    assert ended.disks == (DiskResult("vda", 4096, 1024, 512, "local"),)
+    document = json.loads(json.dumps(ended.as_json()))
+    assert document["started"] == "2026-11-22T02:30:00+00:00"
+    assert (document["duration_seconds"], document["pause_ms"]) == (1.235, 1.988)
+    assert document["outcome"] == "succeeded"
+    assert document["error"] is None
+    assert document["disks"][0]["fleecing_peak_bytes"] == 512
+
+
+def test_a_run_that_failed_early_has_no_disks_and_no_pause() -> None:
+    ended = result(Facts(), FAILURE)
+    assert (ended.disks, ended.pause_ms, ended.snapshot) == ((), None, None)
+
+
+def test_progress_shows_what_each_disk_has() -> None:
+    assert facts().progress("web01", "0a1b2c3d", Phase.COPYING) == Progress(
+        "web01", "0a1b2c3d", Phase.COPYING, (DiskProgress("vda", 4096, 1024, 0, 2000),)
+    )
+
+
+def test_a_snapshot_keeps_how_it_was_made() -> None:
+    details = json.loads(json.dumps(facts(pause_ms=2.0).details("0a1b2c3d", OPTIONS)))
+    assert details == {
+        "run": "0a1b2c3d",
+        "job": "nightly",
+        "kind": "full",
+        "consistency": "pause",
+        "pause_ms": 2.0,
+        "vmfleece": __version__,
+        "disks": [
+            {
+                "disk": "vda",
+                "reason": "why",
+                "source": "/vda.qcow2",
+                "source_driver": "qcow2",
+                "storage": "local",
+                "fleecing_peak_bytes": 512,
+            }
+        ],
+    }
+
+
+@pytest.mark.parametrize(("error", "level"), [(None, "info"), (FAILURE, "error"), (CANCELLATION, "error")])
+def test_one_closing_line_holds_everything(error: ErrorReport | None, level: str) -> None:
+    ended = result(facts(snapshot=committed()), error)
+    with capture_logs() as lines:
+        log_result(ended, OPTIONS)
+    (line,) = lines
+    assert (line["event"], line["log_level"]) == ("run.finished", level)
+    assert (line["job"], line["target"]) == ("nightly", "main")
+    document = ended.as_json() | {"log_level": level}
+    for key in line.keys() - {"event", "job", "target"}:
+        wanted = document[key]
+        assert line[key] == (list(wanted) if isinstance(wanted, tuple) else wanted), key
+    # vm and run are bound to the task; `started` is the line's own time minus the duration.
+    assert document.keys() - line.keys() == {"vm", "run", "started", "retryable"}
