@@ -90,9 +90,7 @@ def _cached(name: str, key: str, build: Callable[[Path], None]) -> Path:
 
 def _run(*command: str, cwd: Path | None = None) -> str:
     try:
-        return subprocess.run(
-            command, cwd=cwd, check=True, capture_output=True, text=True, timeout=300
-        ).stdout
+        return subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True, timeout=300).stdout
     except FileNotFoundError as error:
         raise BuildError(f"{command[0]} is missing: run tests/guest/install.sh once") from error
     except subprocess.CalledProcessError as error:
@@ -144,7 +142,7 @@ def _initramfs(linux: Path, into: Path) -> None:
         shutil.copy(linux / f"{module}.ko", root / "modules")
     (root / "modules" / "order").write_text("".join(f"{module}\n" for module in MODULES))
     source, program = HERE / "writer.c", root / "bin" / "writer"
-    flags = ("-static", "-O2", "-Wall", "-Wextra", "-Werror", "-s")
+    flags = ("-static", "-O2", "-Wall", "-Wextra", "-Werror", "-s", "-pthread")
     _run("gcc", *flags, "-o", str(program), str(source))
     for executable in (root / "init", root / "bin" / "busybox"):
         executable.chmod(0o755)

@@ -12,8 +12,9 @@ mount -t devtmpfs devtmpfs /dev
 exec </dev/console >/dev/console 2>&1
 
 fail() {
-    echo "VMF fatal reason=$1"
     dmesg | tail -n 25
+    ls /sys/block
+    echo "VMF fatal reason=$1"
     # Not exit: the kernel's panic would hide what has just been said.
     sleep 100000
 }
@@ -24,11 +25,11 @@ done </modules/order
 
 # Prints the serial number of the block device whose sysfs folder is $1.
 serial_of() {
-    if [ -s "$1/serial" ]; then                # virtio-blk
+    if [ -e "$1/serial" ]; then                # virtio-blk
         cat "$1/serial"
-    elif [ -s "$1/device/serial" ]; then       # nvme, padded with spaces
+    elif [ -e "$1/device/serial" ]; then       # nvme, padded with spaces
         cat "$1/device/serial"
-    elif [ -s "$1/device/vpd_pg80" ]; then     # sd, behind a header of 4 bytes
+    elif [ -e "$1/device/vpd_pg80" ]; then     # sd, behind a header of 4 bytes
         tail -c +5 "$1/device/vpd_pg80"
     fi | tr -d ' \000\n'
 }
@@ -46,7 +47,6 @@ find_disk() {
         tries=$((tries + 1))
         usleep 100000
     done
-    ls /sys/block
     fail "no-disk-$1"
 }
 

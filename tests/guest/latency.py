@@ -54,8 +54,5 @@ def _difference(before: dict[str, Any] | None, now: dict[str, Any]) -> DiskWrite
         bytes=grown("wr_bytes"),
         failed=grown("failed_wr_operations"),
         mean_ms=grown("wr_total_time_ns") / writes / 1e6 if writes else 0.0,
-        slow={
-            boundary // 1_000_000: sum(bins[place + 1 :])
-            for place, boundary in enumerate(boundaries)
-        },
+        slow={boundary // 1_000_000: sum(bins[place + 1 :]) for place, boundary in enumerate(boundaries)},
     )

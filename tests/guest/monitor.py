@@ -52,9 +52,7 @@ class BedMonitor:
         self._client.events.event_filter = lambda _: False  # or it keeps every event
         self._client.register_listener(self.pauses)
 
-    async def connect(
-        self, socket: Path, alive: Callable[[], bool], deadline_seconds: float
-    ) -> None:
+    async def connect(self, socket: Path, alive: Callable[[], bool], deadline_seconds: float) -> None:
         """Connect as soon as QEMU listens. Raises MonitorLostError or TimeoutError."""
         async with asyncio.timeout(deadline_seconds):
             while alive():
@@ -64,9 +62,7 @@ class BedMonitor:
                 await asyncio.sleep(0.01)
         raise MonitorLostError("QEMU ended before its monitor listened")
 
-    async def execute(
-        self, command: str, arguments: dict[str, Any] | None, deadline_seconds: float
-    ) -> Any:
+    async def execute(self, command: str, arguments: dict[str, Any] | None, deadline_seconds: float) -> Any:
         """Run a command. Raises qemu.qmp's ExecuteError, or MonitorLostError."""
         try:
             async with asyncio.timeout(deadline_seconds):

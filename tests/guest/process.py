@@ -46,9 +46,7 @@ class QemuProcess:
         except TimeoutError as error:
             raise MonitorLostError("no monitor within 20 s") from error
 
-    async def execute(
-        self, command: str, arguments: dict[str, Any] | None, deadline_seconds: float
-    ) -> Any:
+    async def execute(self, command: str, arguments: dict[str, Any] | None, deadline_seconds: float) -> Any:
         """Run a command. Raises ExecuteError, or MonitorLostError."""
         if not self.alive:
             raise MonitorLostError(f"{command}: QEMU has ended")

@@ -97,9 +97,7 @@ def unpack(block: bytes) -> Record | None:
     return Record(*head) if computed == crc else None
 
 
-def check(
-    images: Sequence[Path], *, run: int, region_bytes: int = 0, at_least: int = 1
-) -> SequenceVerdict:
+def check(images: Sequence[Path], *, run: int, region_bytes: int = 0, at_least: int = 1) -> SequenceVerdict:
     """Check raw images, in writing order, against the rule.
 
     run: the VM's (`GuestVm.run`). region_bytes: the workload's. at_least: a number known to have

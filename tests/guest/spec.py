@@ -83,6 +83,6 @@ class Workload:
             "odirect": int(self.odirect),
             "sweep": int(self.sweep),
             "run": run,
-            "resume": int(resume),
+            "again": int(resume),  # `resume` is taken: the kernel knows it as its own
         }
         return " ".join(f"{name}={value}" for name, value in values.items())

@@ -24,6 +24,7 @@ from tests.guest.command import (
     disk_arguments,
     machine_type,
     monitor_arguments,
+    nudge_ms,
 )
 from tests.guest.console import StatLine
 from tests.guest.monitor import MonitorLostError
@@ -258,9 +259,7 @@ class GuestVm:
     async def wait_stats(self, number: int = 1, deadline_seconds: float = 30.0) -> None:
         """Wait until the guest has printed so many more statistics lines."""
         wanted = len(self.stats()) + number
-        await self._wait(
-            lambda: len(self.stats()) >= wanted, f"{number} stat lines", deadline_seconds
-        )
+        await self._wait(lambda: len(self.stats()) >= wanted, f"{number} stat lines", deadline_seconds)
 
     async def assert_healthy(self) -> None:
         """Raise GuestFailureError if QEMU died, the guest stands still, or a write failed."""
@@ -282,9 +281,7 @@ class GuestVm:
         await self.execute("stop")
         disk = next(disk for disk in self.disks if disk.id == disk_id)
         async with asyncio.timeout(deadline_seconds):
-            await images.to_raw(
-                self.image_path(disk_id), disk.format, dest, in_use=True, qemu_img=self._qemu_img
-            )
+            await images.to_raw(self.image_path(disk_id), disk.format, dest, in_use=True, qemu_img=self._qemu_img)
 
     def fail(self, what: str, cause: BaseException | None = None) -> NoReturn:
         """Raise GuestFailureError with all there is to see."""
@@ -310,6 +307,7 @@ class GuestVm:
     def _arguments(self, files: build.GuestFiles) -> list[str]:
         paths = {disk.id: self.image_path(disk.id).absolute() for disk in self.disks}
         workload = self.workload.on(self.disks).kernel_arguments(self.run, resume=self._starts > 1)
+        workload += f" nudge={nudge_ms(self.disks)}"
         arguments = ["-machine", f"{machine_type(self.disks)},accel=tcg"]
         arguments += ["-m", str(self._memory_mib)]
         arguments += boot_arguments(files, workload, self.console_path.absolute())

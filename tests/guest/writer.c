@@ -8,7 +8,8 @@
  *   blocksize  of the random writer, in bytes
  *   sweep      1: the random writer goes over the region from start to end, again and again
  *   run        number of this run, in each record
- *   resume     1: go on behind the newest record of this run
+ *   again      1: go on behind the newest record of this run
+ *   nudge      read a sector of each disk every so many milliseconds, 0 = never (see nudge())
  * An error is printed at once, counted, and the same write repeated: the order of the writes is
  * what the oracle (sequence.py) stands on, so the writer never goes on past a failed one.
  */
@@ -16,6 +17,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fs.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -51,7 +53,7 @@ struct disk {
 
 static struct disk disks[MAX_DISKS];
 static int ndisks;
-static uint64_t rate, region, blocksize, sweep, run, resume, odirect;
+static uint64_t rate, region, blocksize, sweep, run, resume, odirect, nudge_ms;
 static uint64_t writes, errors, due, next_stat, begun;
 
 /* Latencies of the current interval: 32 buckets an octave of microseconds, so within 3 %. */
@@ -115,11 +117,12 @@ static void crc_init(void)
 
 static uint32_t crc_record(struct record *r)
 {
-	const uint64_t *word = (const uint64_t *)r;
 	uint32_t crc = ~0u, kept = r->crc;
 	r->crc = 0;
 	for (int i = 0; i < RECORD / 8; i++) {
-		uint64_t w = word[i] ^ crc;
+		uint64_t w;
+		memcpy(&w, (const char *)r + 8 * i, 8);
+		w ^= crc;
 		crc = table[7][w & 255] ^ table[6][w >> 8 & 255] ^ table[5][w >> 16 & 255] ^
 		      table[4][w >> 24 & 255] ^ table[3][w >> 32 & 255] ^
 		      table[2][w >> 40 & 255] ^ table[1][w >> 48 & 255] ^ table[0][w >> 56];
@@ -294,6 +297,23 @@ static void write_random(unsigned char *pool)
 	}
 }
 
+/* QEMU 10.0 loses the interrupt of a write that completes in an iothread while the VM is being
+ * paused: the guest would wait for ever. The interrupt of any later request on that disk makes the
+ * driver look at the write, too, if the device runs without event_idx. */
+static void *nudge(void *argument)
+{
+	struct disk *d = argument;
+	void *sector;
+	if (posix_memalign(&sector, 4096, SECTOR))
+		fatal("memory", "nudge");
+	for (;;) {
+		usleep(nudge_ms * 1000);
+		if (pread(d->fd, sector, SECTOR, 0) != SECTOR)
+			continue; /* the writer meets errors itself */
+	}
+	return NULL;
+}
+
 int main(int argc, char **argv)
 {
 	if (argc < 3 || argc - 2 > MAX_DISKS)
@@ -303,8 +323,9 @@ int main(int argc, char **argv)
 	blocksize = parameter("blocksize", 65536);
 	sweep = parameter("sweep", 0);
 	run = parameter("run", 1);
-	resume = parameter("resume", 0);
+	resume = parameter("again", 0);
 	odirect = parameter("odirect", 1);
+	nudge_ms = parameter("nudge", 0);
 	if (blocksize == 0 || blocksize % SECTOR || blocksize > POOL)
 		fatal("blocksize", "writer");
 	crc_init();
@@ -318,6 +339,9 @@ int main(int argc, char **argv)
 		if (d->bytes < RECORD)
 			fatal("too-small", argv[ndisks + 2]);
 		d->blocks = (d->bytes + blocksize - 1) / blocksize;
+		pthread_t thread;
+		if (nudge_ms && pthread_create(&thread, NULL, nudge, d))
+			fatal("thread", "nudge");
 	}
 	void *memory;
 	if (posix_memalign(&memory, 4096, POOL))
