@@ -188,8 +188,8 @@ class JobTable(Table):
     )
     consistency: Annotated[Consistency, Field(strict=False), one_of(Consistency)] = _key(
         "pause",
-        description="How all disks get one point in time: pause stops the guest for milliseconds, "
-        "none does not stop it.",
+        description="How all disks get one point in time: pause stops the guest for milliseconds; none asks for "
+        "no guarantee, but QEMU still needs that pause to put its filters in safely.",
         example="pause",
     )
     cbw_timeout: CbwTimeout = _key(

@@ -24,7 +24,7 @@ from orchestrator.units import (
 )
 
 # The smallest amount that a fleecing image can usefully get.
-SMALLEST_QUOTA_BYTES = 64 * MIB
+SMALLEST_QUOTA_BYTES = 2 * MIB
 
 _LONGEST_CBW_TIMEOUT_SECONDS = 45
 _LONGEST_SOCKET_BYTES = 107  # sun_path of unix(7), without the closing zero

@@ -54,8 +54,8 @@ CASES = [
     ("storage.local", "quota = true", "storage.local.quota: True is no size; allowed: bytes as"),
     (
         "storage.local",
-        'quota = "63MiB"',
-        "storage.local.quota: 63.0 MiB is too small; allowed: at least 64.0 MiB, the smallest",
+        'quota = "1MiB"',
+        "storage.local.quota: 1.0 MiB is too small; allowed: at least 2.0 MiB, the smallest",
     ),
     ("storage.local", 'min_free = "100%"', "'100%' is no share or size; allowed: a share from 0%"),
     ("job.nightly", 'bwlimit = "fast"', "job.nightly.bwlimit: 'fast' is no rate; allowed: KiB/s"),
