@@ -90,12 +90,12 @@ class DirectoryStorage(Storage):
         return Space(free_bytes=status.f_bavail * status.f_frsize, floor_bytes=floor)
 
     def nearness(self, image: Path) -> int:
-        own = self.path.resolve()
-        existing = next(path for path in (own, *own.parents) if path.exists())  # it may not be made yet
         with contextlib.suppress(OSError):
-            other = image.resolve(strict=True)
+            own = Path(os.path.realpath(self.path))  # unlike Path.resolve, bears loops of links
+            other = Path(os.path.realpath(image, strict=True))
             if other.is_relative_to(own):
                 return 1 + len(own.parts)
+            existing = next(path for path in (own, *own.parents) if path.exists())  # it may not be made yet
             if existing.stat().st_dev == other.stat().st_dev:
                 return 1
         return 0
