@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -53,6 +54,7 @@ async def sha256(path: Path, image_format: str, *, size_bytes: int | None = None
             stdin=asyncio.subprocess.DEVNULL,
             stdout=write_end,
             stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,  # a process group of their own, which can be killed as one
         )
     except BaseException as error:
         os.close(read_end)
@@ -62,7 +64,7 @@ async def sha256(path: Path, image_format: str, *, size_bytes: int | None = None
     finally:
         os.close(write_end)
     try:
-        digest = await aio.in_thread(_hash_pipe, read_end, end=process.kill)
+        digest = await aio.in_thread(_hash_pipe, read_end, end=lambda: _kill_group(process.pid))
     finally:
         _, stderr = await aio.finish(process.communicate())
     if process.returncode != 0:
@@ -100,6 +102,12 @@ def _hash_pipe(descriptor: int) -> str:
         while chunk := pipe.read(PIPE_READ_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _kill_group(leader: int) -> None:
+    # Killed alone before it has connected, nbdcopy would leave qemu-nbd waiting for ever, with our pipes open.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 async def _run(argv: list[str], *, pass_fds: tuple[int, ...] = ()) -> aio.Finished:
