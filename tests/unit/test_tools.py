@@ -1,0 +1,98 @@
+"""QEMU's and libnbd's tools, as they are run."""
+
+import asyncio
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import ToolError
+from orchestrator.qemu import tools
+
+
+def image(path: Path, content: bytes = b"vmfleece" * 1000) -> Path:
+    path.write_bytes(content + bytes(-len(content) % 512))
+    return path
+
+
+async def qcow2(path: Path, size_bytes: int, *, options: str = "") -> Path:
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        await tools.create_qcow2(descriptor, size_bytes, options=options)
+    finally:
+        os.close(descriptor)
+    return path
+
+
+def open_descriptors() -> set[str]:
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"  # its reaper may be slow
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.mark.parametrize("size", [512, 528 * 1024, (1 << 20) + 512, 1 << 40])
+async def test_an_image_has_the_size_that_it_was_made_with(tmp_path: Path, size: int) -> None:
+    path = await qcow2(tmp_path / "a.qcow2", size, options="compression_type=zstd")
+    assert await tools.virtual_size(path, "qcow2") == size
+
+
+@pytest.mark.parametrize("size", [0, 512, 528 * 1024, (1 << 20) + 512, 3 << 20])
+async def test_the_hash_is_sha256sums(tmp_path: Path, size: int) -> None:
+    raw = image(tmp_path / "a.raw", os.urandom(size))
+    await tools.convert(raw, "raw", tmp_path / "a.qcow2", "qcow2", into_existing=False)
+    wanted = hashlib.sha256(raw.read_bytes()).hexdigest()
+    assert await tools.sha256(raw, "raw") == wanted
+    assert await tools.sha256(tmp_path / "a.qcow2", "qcow2") == wanted
+
+
+async def test_what_a_tool_says_is_passed_on(tmp_path: Path) -> None:
+    raw = image(tmp_path / "a.raw")
+    with pytest.raises(ToolError, match=r"qemu-img info failed: .*not in qcow2 format"):
+        await tools.virtual_size(raw, "qcow2")
+    with pytest.raises(ToolError, match=r"cannot read back .*not in qcow2 format"):
+        await tools.sha256(raw, "qcow2")
+    with pytest.raises(ToolError, match=r"qemu-img convert failed: .*No such file"):
+        await tools.convert(tmp_path / "absent", "raw", tmp_path / "b", "raw", into_existing=False)
+
+
+async def test_a_tool_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = image(tmp_path / "a.raw")
+    await tools.virtual_size(raw, "raw")  # a loop opens descriptors of its own for its first child
+    before = open_descriptors()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for program, use in (("qemu-img", tools.virtual_size), ("nbdcopy", tools.sha256)):
+        with pytest.raises(ToolError, match=f"{program} is not installed") as missing:
+            await use(raw, "raw")
+        assert missing.value.code == "tool-missing"
+        assert "apt-get install" in missing.value.hint
+    assert open_descriptors() == before
+
+
+async def test_cancelling_a_hash_ends_the_server_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nbdcopy that has started qemu-nbd but has not connected yet: qemu-nbd would wait for ever."""
+    pid_file = tmp_path / "pid"
+    program = tmp_path / "nbdcopy"
+    program.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {pid_file}.new\nmv {pid_file}.new {pid_file}\nwait\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    task = asyncio.create_task(tools.sha256(image(tmp_path / "a.raw"), "raw"))
+    async with asyncio.timeout(10):
+        while not pid_file.exists():
+            await asyncio.sleep(0.01)
+    task.cancel()
+    async with asyncio.timeout(10):
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert has_ended(int(pid_file.read_text()))
+
+
+async def test_writing_back_bears_what_cannot_be_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    paths = [image(tmp_path / "a.raw"), tmp_path / "absent", tmp_path, tmp_path / "fifo"]
+    tools.write_back(map(str, paths))
