@@ -71,9 +71,7 @@ def test_records_survive_packing() -> None:
 
 
 @given(slots=st.integers(1, 9000).filter(lambda n: n % STRIDE), last=st.integers(0, 30000))
-def test_the_newest_number_of_a_slot_is_what_writing_one_by_one_gives(
-    slots: int, last: int
-) -> None:
+def test_the_newest_number_of_a_slot_is_what_writing_one_by_one_gives(slots: int, last: int) -> None:
     for slot in {0, slots // 2, slots - 1}:
         seq = newest(slot, slots, last)
         if seq:
@@ -89,9 +87,7 @@ def test_a_size_that_the_stride_divides_loses_a_slot() -> None:
     assert slots_of((1 << 20) + 512) == 256
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     disks=st.integers(1, 4),
     slots=st.integers(1, 40),
