@@ -52,7 +52,7 @@ async def show(config: Config, arguments: argparse.Namespace) -> int:
         plan, refusal = None, None
         try:
             fleecing = Fleecing(policy=FleecingPolicy.PREFER)
-            plan, _ = await survey(monitor, vm, fleecing, engine.storages(config), features)
+            plan = await survey(monitor, vm, fleecing, engine.storages(config), features)
         except VmfleeceError as error:
             refusal = error
     planned = {one.disk.id: one for one in plan.disks} if plan else {}

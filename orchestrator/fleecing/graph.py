@@ -20,7 +20,7 @@ import structlog
 from orchestrator.errors import CommandFailed, MonitorError, TargetError
 from orchestrator.fleecing.names import CBW, DISMANTLING, FLEECING, DiskNames, role_of
 from orchestrator.model import Disk
-from orchestrator.qemu import commands, inventory, jobs, tools
+from orchestrator.qemu import commands, inventory, jobs
 from orchestrator.qemu.capabilities import Capabilities
 from orchestrator.qemu.commands import Command
 from orchestrator.qemu.monitor import Event, Monitor, raise_first
@@ -62,9 +62,6 @@ async def take_snapshot(
     if not running:
         raise_first(await monitor.pipeline(inserting))
         return None
-    # `stop` flushes the disks while the guest is paused: what the host still caches is written before.
-    images = [one.disk.image for one in filters if one.disk.image is not None]
-    await asyncio.to_thread(tools.write_back, images)
     with monitor.subscribe("STOP", "RESUME") as events:
         replies = await monitor.pipeline([commands.STOP, *inserting, commands.CONT])
         raise_first(replies)

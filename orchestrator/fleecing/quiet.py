@@ -10,10 +10,16 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+import structlog
+
+from orchestrator.errors import CommandTimeout, ConnectionLost
 from orchestrator.qemu import commands
 from orchestrator.qemu.monitor import Monitor
 
+log = structlog.get_logger(__name__)
+
 REQUERY_SECONDS = 1.0
+RECONNECT_SECONDS = 60.0
 MOVING = ("created", "running", "ready")
 
 
@@ -29,24 +35,44 @@ class Quiet:
     async def changing_graph(self) -> AsyncIterator[None]:
         """Wait until no job has requests in flight, keep it so for the block, then let them go on.
 
-        Raises MonitorError. After cancellation the jobs may stay paused: the run is being undone.
+        Raises MonitorError. After cancellation the jobs stay paused.
         """
         async with self._lock:
             held = sorted(self.jobs)
             if not held:
                 yield
                 return
-            with self._monitor.subscribe("JOB_STATUS_CHANGE") as events:
-                # A job that has just ended refuses; the query below tells.
-                await self._monitor.pipeline([commands.pause_job(job) for job in held])
-                while await self._moving(held):
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(REQUERY_SECONDS):
-                            await events.next()
             try:
+                await self._hold(held)
                 yield
-            finally:
+            except asyncio.CancelledError:
+                raise  # the run is being undone: its jobs are cancelled next
+            except BaseException:
+                await self._let_go_on(held)
+                raise
+            else:
+                await self._let_go_on(held)
+
+    async def _hold(self, held: list[str]) -> None:
+        with self._monitor.subscribe("JOB_STATUS_CHANGE") as events:
+            # A job that has just ended refuses; the query below tells.
+            await self._monitor.pipeline([commands.pause_job(job) for job in held])
+            while await self._moving(held):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(REQUERY_SECONDS):
+                        await events.next()
+
+    async def _let_go_on(self, held: list[str]) -> None:
+        """A job that stayed paused would never end: insist, also over a lost connection."""
+        while True:
+            try:
                 await self._monitor.pipeline([commands.resume_job(job) for job in held])
+            except CommandTimeout:
+                log.warning("vm.silent", jobs=held)
+            except ConnectionLost:
+                await self._monitor.reconnect(deadline_seconds=RECONNECT_SECONDS)
+            else:
+                return
 
     async def _moving(self, held: list[str]) -> bool:
         states = {job["id"]: job["status"] for job in await self._monitor.execute(commands.QUERY_JOBS)}

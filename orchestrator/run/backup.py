@@ -37,7 +37,7 @@ from orchestrator.model import (
     RunResult,
     Vm,
 )
-from orchestrator.qemu import capabilities, commands, jobs, qmp
+from orchestrator.qemu import capabilities, commands, jobs, qmp, tools
 from orchestrator.qemu.monitor import Monitor
 from orchestrator.run import copy, survey
 from orchestrator.run.outcome import CANCELLED, DiskRun, Facts, log_result
@@ -161,26 +161,25 @@ class _Run:
             await survey.settle_leftovers(monitor, self._vm.name, self._capabilities, self._means.is_ours)
             done = False
             while not done:
-                planned, running = await self._survey(monitor)
+                planned = await self._survey(monitor)
                 for name in {one.storage for one in planned.disks if one.storage is not None}:
                     await asyncio.to_thread(self._means.storages[name].prepare)
                 async with self._admit(planned) as lease:
                     # It may have waited for hours: the VM is asked again.
                     await monitor.reconnect(deadline_seconds=copy.RECONNECT_SECONDS)
-                    again, running = await self._survey(monitor)
-                    if again.disks != planned.disks:
+                    if (await self._survey(monitor)).disks != planned.disks:
                         log.info("run.replanned")
                         continue
                     self._facts.warnings += planned.warnings
                     try:
-                        await self._back_up(monitor, lease, planned, started, running=running)
+                        await self._back_up(monitor, lease, planned, started)
                         done = True
                     finally:
                         self._enter(Phase.CLEANING)
                         failed = await self._undo.unwind(step_deadline_seconds=UNDO_STEP_SECONDS)
                         self._facts.warnings += [f"could not undo: {step}" for step in failed]
 
-    async def _survey(self, monitor: Monitor) -> tuple[Plan, bool]:
+    async def _survey(self, monitor: Monitor) -> Plan:
         return await survey.survey(
             monitor,
             self._vm,
@@ -203,9 +202,7 @@ class _Run:
             on_wait=self._waiting,
         )
 
-    async def _back_up(
-        self, monitor: Monitor, lease: Lease, planned: Plan, started: datetime, *, running: bool
-    ) -> None:
+    async def _back_up(self, monitor: Monitor, lease: Lease, planned: Plan, started: datetime) -> None:
         self._enter(Phase.PREPARING)
         draft = await self._means.targets[self._options.target].begin(self._vm.name, started)
         self._undo.push("remove the unfinished snapshot", draft.abort)
@@ -220,7 +217,7 @@ class _Run:
         for disk in self._facts.disks:
             await self._prepare(gear, disk)
         self._enter(Phase.SNAPSHOTTING)
-        await self._snapshot(monitor, running=running)
+        await self._snapshot(monitor)
         self._enter(Phase.COPYING)
         with contextlib.ExitStack() as watching:
             watches = [
@@ -256,7 +253,7 @@ class _Run:
         await image.attach(gear.monitor, disk.names, disk.file, disk.plan.grant_bytes)
         await gear.keeper.take(disk.plan.disk, disk.names)
 
-    async def _snapshot(self, monitor: Monitor, *, running: bool) -> None:
+    async def _snapshot(self, monitor: Monitor) -> None:
         filters = [
             graph.Filter(
                 disk.plan.disk,
@@ -265,6 +262,10 @@ class _Run:
             )
             for disk in self._facts.disks
         ]
+        # `stop` flushes the disks while the guest is paused: what the host still caches is written before.
+        images = [disk.plan.disk.image for disk in self._facts.disks if disk.plan.disk.image]
+        await asyncio.to_thread(tools.write_back, images)
+        running = (await monitor.execute(commands.QUERY_STATUS))["running"]
         self._pausing = running
         self._facts.pause_ms = await graph.take_snapshot(
             monitor,

@@ -89,7 +89,7 @@ class Watch:
                 except CommandTimeout:
                     if loop.time() - heard > SILENCE_SECONDS:
                         raise
-                    log.warning("vm.silent", job=self._state.id)
+                    log.warning("vm.silent", jobs=[self._state.id])
                     continue
                 except ConnectionLost:
                     return False

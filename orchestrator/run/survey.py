@@ -26,8 +26,8 @@ async def survey(
     fleecing: Fleecing,
     storages: Mapping[str, Storage],
     capabilities: Capabilities,
-) -> tuple[Plan, bool]:
-    """What a backup of the VM would do, and whether its guest is running.
+) -> Plan:
+    """What a backup of the VM would do.
 
     Raises what `plan` raises where it cannot be backed up now.
     """
@@ -39,7 +39,7 @@ async def survey(
     disks = inventory.disks(await monitor.execute(commands.QUERY_BLOCK))
     check_situation(vm.name, situation, disks, capabilities)
     chosen, skipped = choose_disks(vm.name, disks, vm.exclude_disks)
-    planned = plan(
+    return plan(
         vm.name,
         chosen,
         skipped,
@@ -47,7 +47,6 @@ async def survey(
         nearest=await asyncio.to_thread(nearest_storages, chosen, storages),
         quotas={name: storage.quota_bytes for name, storage in storages.items()},
     )
-    return planned, bool(situation.status["running"])
 
 
 async def settle_leftovers(
@@ -59,6 +58,8 @@ async def settle_leftovers(
     """
     names = [node["node-name"] for node in await monitor.execute(commands.QUERY_NODES)]
     names += [job["id"] for job in await monitor.execute(commands.QUERY_JOBS)]
+    for fdset in await monitor.execute(commands.QUERY_FDSETS):
+        names += [fd["opaque"] for fd in fdset["fds"] if "opaque" in fd]
     for run in sorted({run_of(name) for name in names if name.startswith(PREFIX)}):
         if not is_ours(run):
             raise RefusedError(

@@ -13,6 +13,7 @@ import structlog
 
 from orchestrator import schedule
 from orchestrator.config import JobSettings
+from orchestrator.errors import VmfleeceError
 from orchestrator.state.catalogue import Catalogue
 
 log = structlog.get_logger(__name__)
@@ -49,7 +50,10 @@ async def _take_turn(
     job: JobSettings, due: datetime, run: Callable[[str], Awaitable[object]], catalogue: Catalogue
 ) -> None:
     await asyncio.to_thread(catalogue.set_last_due, job.name, due)
-    await run(job.name)
+    try:
+        await run(job.name)
+    except VmfleeceError as error:  # such as a full file system under state_dir: the next turn may do better
+        log.error("job.failed", job=job.name, code=error.code, error=str(error))  # noqa: TRY400  no bug
 
 
 async def _sleep_until(start: datetime) -> None:

@@ -19,6 +19,8 @@ from orchestrator.units import Share
 BLOCK = 512
 """What st_blocks counts in, whatever the file system's block size (POSIX sys/stat.h)."""
 NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
+NAMELESS = os.O_TMPFILE | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
+"""O_EXCL: nobody can give the file a name later, either (open(2))."""
 PRIVATE = 0o600
 
 
@@ -67,7 +69,7 @@ class DirectoryStorage(Storage):
     def create(self) -> ImageFile:
         with self._explained("create a fleecing image in it"):
             try:
-                descriptor = os.open(self.path, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, PRIVATE)
+                descriptor = os.open(self.path, NAMELESS, PRIVATE)
             except OSError as error:
                 if error.errno not in NO_TMPFILE or not self.path.is_dir():
                     raise
