@@ -8,9 +8,9 @@ STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := test
 
 tools:
-	sh tests/guest/install.sh
+	PYTHON=$(PYTHON) sh tests/guest/install.sh
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml | tools
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Installs what the tests, the demo and the benchmarks need beside Python: QEMU 10 from
-# bookworm-backports, nbdcopy, and a C compiler for the guest's writer.
+# Installs what the tests, the demo and the benchmarks need: QEMU 10 from bookworm-backports, nbdcopy,
+# a C compiler for the guest's writer, and what Debian's Python lacks to make a virtual environment.
 # Does nothing (and needs no root) where all of it is there already.
 set -eu
 
@@ -8,6 +8,7 @@ missing=""
 for tool in qemu-system-x86_64 qemu-img qemu-nbd nbdcopy gcc cpio; do
     command -v "$tool" >/dev/null 2>&1 || missing="$missing $tool"
 done
+"${PYTHON:-python3.11}" -c "import ensurepip" 2>/dev/null || missing="$missing python3.11-venv"
 if [ -z "$missing" ]; then
     exit 0
 fi
@@ -33,3 +34,6 @@ fi
 apt-get install -y -qq --no-install-recommends -t bookworm-backports \
     qemu-system-x86 qemu-utils seabios ipxe-qemu >/dev/null
 apt-get install -y -qq --no-install-recommends libnbd-bin gcc libc6-dev cpio >/dev/null
+case "$missing" in
+*python3.11-venv*) apt-get install -y -qq --no-install-recommends python3.11 python3.11-venv >/dev/null ;;
+esac
