@@ -58,6 +58,25 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
     return result
 
 
+async def acquire(work: Coroutine[Any, Any, T], give_back: Callable[[T], Awaitable[object]]) -> T:
+    """Await `work` to its end even if the caller is cancelled meanwhile; what came of it is given back then.
+
+    For what would be lost to everybody otherwise: an open folder, a child process.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await finish(_give_back(task, give_back))
+        raise
+
+
+async def _give_back(task: "asyncio.Future[T]", give_back: Callable[[T], Awaitable[object]]) -> None:
+    await _done(task)
+    if not task.cancelled() and task.exception() is None:
+        await give_back(task.result())
+
+
 async def all_or_first_error(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """Run coroutines side by side; the first one that fails cancels the others, and its error comes out."""
     try:

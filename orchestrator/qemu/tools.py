@@ -49,12 +49,15 @@ async def sha256(path: Path, image_format: str, *, size_bytes: int | None = None
     server = ["qemu-nbd", "--read-only", *_image_options(path, image_format, size_bytes)]
     read_end, write_end = os.pipe()
     try:
-        process = await asyncio.create_subprocess_exec(
-            *("nbdcopy", "--", "[", *server, "]", "-"),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=write_end,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,  # a process group of their own, which can be killed as one
+        process = await aio.acquire(
+            asyncio.create_subprocess_exec(
+                *("nbdcopy", "--", "[", *server, "]", "-"),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=write_end,
+                stderr=asyncio.subprocess.PIPE,
+                start_new_session=True,  # a process group of their own, which can be killed as one
+            ),
+            _end,
         )
     except BaseException as error:
         os.close(read_end)
@@ -108,6 +111,11 @@ def _kill_group(leader: int) -> None:
     # Killed alone before it has connected, nbdcopy would leave qemu-nbd waiting for ever, with our pipes open.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    _kill_group(process.pid)
+    await process.communicate()
 
 
 async def _run(argv: list[str], *, pass_fds: tuple[int, ...] = ()) -> aio.Finished:
