@@ -19,6 +19,7 @@ from typing import Any
 
 import structlog
 
+from orchestrator import aio
 from orchestrator.errors import TargetError
 from orchestrator.model import Compression, Disk
 from orchestrator.qemu import tools
@@ -59,7 +60,7 @@ class ImagesTarget(Target):
             tempfile.TemporaryFile(dir=self.path).close()
 
     async def begin(self, vm: str, started: datetime) -> "ImagesDraft":
-        return await asyncio.to_thread(self._begin, vm, started)
+        return await aio.acquire(asyncio.to_thread(self._begin, vm, started), ImagesDraft.abort)
 
     def _begin(self, vm: str, started: datetime) -> "ImagesDraft":
         folder = self.path / vm
@@ -171,7 +172,8 @@ class ImagesDraft(Draft):
         descriptor = self._images.pop(disk.id)
         try:
             with explained(self._target, self._path(disk.id)):
-                await asyncio.to_thread(os.fsync, descriptor)
+                # Finished in any case: the descriptor must not be closed, and used for another file, meanwhile.
+                await aio.finish(asyncio.to_thread(os.fsync, descriptor))
                 stored_bytes = os.fstat(descriptor).st_blocks * 512
         finally:
             os.close(descriptor)
@@ -190,19 +192,21 @@ class ImagesDraft(Draft):
                 disks=tuple(self._sealed[disk] for disk in self._disks),
                 details=details,
             )
-            await asyncio.to_thread(self._publish, manifest.encode(snapshot))
+            # Finished in any case: `abort` must not remove the folder while it is being renamed.
+            await aio.finish(asyncio.to_thread(self._publish, manifest.encode(snapshot)))
             self._committed = snapshot
         return self._committed
 
     def _publish(self, content: bytes) -> None:
         with explained(self._target, self._partial):
-            with (self._partial / manifest.NAME).open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.fsync(self._lock)
-            self._partial.rename(self._final)
-            self._renamed = True
+            if not self._renamed:
+                with (self._partial / manifest.NAME).open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.fsync(self._lock)
+                self._partial.rename(self._final)
+                self._renamed = True
             sync_folder(self._final.parent)
             sync_folder(self._final.parent.parent)
         os.close(self._lock)
