@@ -156,6 +156,47 @@ async def test_finish_survives_being_cancelled_before_it_began_to_wait() -> None
     assert steps.seen == ["finished"]
 
 
+# --- acquire ---
+
+
+async def test_what_is_acquired_is_ours_or_given_back() -> None:
+    steps = Steps()
+
+    async def give_back(result: str) -> None:
+        await turns()
+        steps.seen.append(f"gave back {result}")
+
+    assert await aio.acquire(steps.slow(), give_back) == "result"
+    assert steps.seen == ["finished"]
+    for begun in (0, 3):
+        steps.seen.clear()
+        task = asyncio.create_task(aio.acquire(steps.slow(), give_back))
+        await turns(1 + begun)
+        task.cancel()
+        await turns(2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert steps.seen == ["finished", "gave back result"]
+
+
+async def test_what_could_not_be_acquired_is_not_given_back() -> None:
+    async def failing() -> str:
+        await turns()
+        raise BodyError
+
+    async def give_back(result: str) -> None:
+        pytest.fail(result)
+
+    with pytest.raises(BodyError):
+        await aio.acquire(failing(), give_back)
+    task = asyncio.create_task(aio.acquire(failing(), give_back))
+    await turns(2)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
 # --- all_or_first_error ---
 
 
@@ -342,3 +383,19 @@ async def test_cancelling_kills_the_program(tmp_path: Path) -> None:
         await task
     with pytest.raises(ProcessLookupError):  # reaped, too
         os.kill(pid, 0)
+
+
+def children() -> str:
+    return Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text()
+
+
+async def test_a_program_that_is_only_starting_is_killed_too() -> None:
+    await aio.run_process(["true"])
+    before = children()
+    for begun in range(12):
+        task = asyncio.create_task(aio.run_process(["sleep", "600"]))
+        await turns(begun)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert children() == before

@@ -1,0 +1,514 @@
+"""The contract of a target, over every target there is, and what is particular to each.
+
+To add one: give `SUITE` a case that makes it, says how QEMU's part is played (writing a disk's content into its
+sink), and what of a draft can be seen from outside.
+"""
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from orchestrator.errors import TargetError
+from orchestrator.model import Compression, Disk
+from orchestrator.target.base import Draft, Sink, Snapshot, Target, find
+from orchestrator.target.images import manifest
+from orchestrator.target.images import target as images_module
+from orchestrator.target.images.target import ImagesTarget
+
+STARTED = datetime(2026, 11, 22, 2, 30, 0, 123456, tzinfo=UTC)
+STAMP = "20261122T023000Z"
+KIB, MIB = 1024, 1024 * 1024
+DETAILS = {"kind": "full", "run": "0a1b2c3d"}
+
+
+def disk(name: str = "vda", size_bytes: int = MIB) -> Disk:
+    return Disk(name, f"node-{name}", f"/machine/peripheral/{name}", size_bytes, "raw", None)
+
+
+def content(size_bytes: int, seed: int = 1) -> bytes:
+    """A third random, a third repeated, a third zero, whatever the size."""
+    third = size_bytes // 3
+    made = hashlib.shake_128(bytes([seed])).digest(third) + b"\x5a" * third
+    return made + bytes(size_bytes - len(made))
+
+
+async def write(sink: Sink, size_bytes: int, data: bytes) -> None:
+    """Play QEMU's part: put a disk's content into a sink."""
+    # qemu-img makes images of whole sectors only, and cuts none: the sizes are multiples of 512.
+    assert len(data) == size_bytes
+    compressed = ["-c"] if sink.compress else []
+    process = await asyncio.create_subprocess_exec(
+        *("qemu-img", "convert", "-n", *compressed, "-f", "raw", "-O", "qcow2"),
+        *("/dev/stdin", f"/dev/fd/{sink.descriptor}"),
+        stdin=await asyncio.to_thread(_in_memory, data),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        pass_fds=(sink.descriptor,),
+    )
+    _, stderr = await process.communicate()
+    assert process.returncode == 0, stderr
+
+
+def _in_memory(data: bytes) -> int:
+    descriptor = os.memfd_create("content")
+    os.write(descriptor, data)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
+
+
+def seen(folder: Path) -> set[str]:
+    """Everything below a folder."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.fixture(params=[Compression.NONE, Compression.ZSTD], ids=["images", "images, zstd"])
+async def target(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Target]:
+    """SUITE: one param for each target and way of using it."""
+    made = ImagesTarget("main", tmp_path / "backup" / "vms", compression=request.param)
+    await made.prepare()
+    yield made
+    assert not partials(tmp_path), "a draft was left open"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """The target's folder."""
+    return tmp_path / "backup" / "vms"
+
+
+async def filled(target: Target, *disks: Disk, vm: str = "web01", started: datetime = STARTED) -> Draft:
+    """A draft that could be committed."""
+    draft = await target.begin(vm, started)
+    for number, one in enumerate(disks or (disk(),)):
+        sink = await draft.add_disk(one, compressible=True)
+        await write(sink, one.size_bytes, content(one.size_bytes, number))
+        await draft.seal(one)
+    return draft
+
+
+async def snapshot(target: Target, *disks: Disk, vm: str = "web01", started: datetime = STARTED) -> Snapshot:
+    return await (await filled(target, *disks, vm=vm, started=started)).commit(DETAILS)
+
+
+# --- the contract ---
+
+
+async def test_commit_lists_it_and_nothing_did_before(target: Target) -> None:
+    assert await target.snapshots() == []
+    draft = await target.begin("web01", STARTED)
+    sink = await draft.add_disk(disk(), compressible=True)
+    assert await target.snapshots() == []
+    await write(sink, MIB, content(MIB))
+    sealed = await draft.seal(disk())
+    assert await target.snapshots() == []
+    committed = await draft.commit(DETAILS)
+    assert await target.snapshots() == [committed]
+    assert committed == Snapshot(
+        draft.snapshot_id, "main", "web01", STARTED.replace(microsecond=0), "full", (sealed,), DETAILS
+    )
+    assert sealed.disk == "vda"
+    assert sealed.size_bytes == MIB
+    assert sealed.sha256 == hashlib.sha256(content(MIB)).hexdigest()
+    assert sealed.stored_bytes > 0
+
+
+SIZES = {"tiny": 512, "efi": 528 * KIB, "odd": MIB + 512, "vda": 3 * MIB}
+
+
+async def test_what_comes_back_is_what_was_written(target: Target, tmp_path: Path) -> None:
+    committed = await snapshot(target, *(disk(name, size) for name, size in SIZES.items()))
+    for number, (name, size) in enumerate(SIZES.items()):
+        for image_format in ("raw", "qcow2"):
+            out = tmp_path / f"{name}.{image_format}"
+            await target.extract(committed, name, to=out, image_format=image_format)
+            raw = await asyncio.to_thread(as_raw, out, image_format)
+            assert raw == content(size, number)
+            assert committed.disk(name).sha256 == hashlib.sha256(raw).hexdigest()
+            assert committed.disk(name).size_bytes == size
+
+
+def as_raw(path: Path, image_format: str) -> bytes:
+    if image_format == "raw":
+        return path.read_bytes()
+    raw = path.with_suffix(".asraw")
+    subprocess.check_call(["qemu-img", "convert", "-f", image_format, "-O", "raw", path, raw])
+    return raw.read_bytes()
+
+
+async def test_disks_are_listed_in_the_order_in_which_they_were_added(target: Target) -> None:
+    draft = await target.begin("web01", STARTED)
+    disks = [disk("vdb"), disk("vda"), disk("sdc")]
+    sinks = [await draft.add_disk(one, compressible=True) for one in disks]
+    for one, sink in reversed(list(zip(disks, sinks, strict=True))):  # the last one is copied first
+        await write(sink, MIB, content(MIB))
+        await draft.seal(one)
+    committed = await draft.commit(DETAILS)
+    assert [one.disk for one in committed.disks] == ["vdb", "vda", "sdc"]
+    assert await target.snapshots() == [committed]
+
+
+async def test_commit_again_says_the_same_and_abort_after_it_removes_nothing(target: Target, root: Path) -> None:
+    draft = await filled(target)
+    committed = await draft.commit(DETAILS)
+    there = seen(root)
+    assert await draft.commit(DETAILS) == committed
+    await draft.abort()
+    assert seen(root) == there
+    assert await target.snapshots() == [committed]
+
+
+@pytest.mark.parametrize("steps", range(4))
+async def test_abort_leaves_nothing_however_far_it_was(target: Target, root: Path, steps: int) -> None:
+    draft = await target.begin("web01", STARTED)
+    if steps >= 1:
+        sink = await draft.add_disk(disk(), compressible=True)
+    if steps >= 2:
+        await write(sink, MIB, content(MIB))
+    if steps >= 3:
+        await draft.seal(disk())
+    descriptors = open_files(root)
+    await draft.abort()
+    await draft.abort()
+    assert await target.snapshots() == []
+    assert seen(root) == set()
+    assert open_files(root) == set() != descriptors
+
+
+def open_files(root: Path) -> set[str]:
+    links = {str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
+    return {link for link in links if link.startswith(str(root))}
+
+
+async def test_abort_leaves_what_is_not_the_drafts(target: Target, root: Path) -> None:
+    kept = await snapshot(target)
+    there = seen(root)
+    draft = await filled(target, started=STARTED + timedelta(hours=1))
+    await draft.abort()
+    assert seen(root) == there
+    assert await target.snapshots() == [kept]
+
+
+class SlowDisk:
+    """fsync and flock that take their time, as on a busy disk; it knows how many are under way."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.under_way, self.begun = 0, threading.Event()
+        for module, name in ((os, "fsync"), (fcntl, "flock")):
+            monkeypatch.setattr(module, name, partial(self._slow, getattr(module, name)))
+
+    def _slow(self, real: Callable[..., Any], *arguments: Any) -> None:
+        self.under_way += 1
+        self.begun.set()
+        time.sleep(0.05)
+        real(*arguments)
+        self.under_way -= 1
+
+
+@pytest.mark.parametrize("step", ["begin", "seal", "commit"])
+async def test_cancelling_a_step_waits_for_the_disk_and_leaves_what_abort_removes(
+    target: Target, root: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    draft: Draft | None = None
+    if step != "begin":
+        draft = await target.begin("web01", STARTED)
+        sink = await draft.add_disk(disk(), compressible=True)
+        await write(sink, MIB, content(MIB))
+    if step == "commit":
+        assert draft is not None
+        await draft.seal(disk())
+    slow = SlowDisk(monkeypatch)
+    task: asyncio.Task[object]
+    match draft, step:
+        case None, _:
+            task = asyncio.create_task(target.begin("web01", STARTED))
+        case _, "seal":
+            task = asyncio.create_task(draft.seal(disk()))
+        case _:
+            task = asyncio.create_task(draft.commit(DETAILS))
+    await asyncio.to_thread(slow.begun.wait)
+    task.cancel()
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert slow.under_way == 0
+    if draft is not None:
+        await draft.abort()
+    assert await target.snapshots() == []
+    assert seen(root) == set()
+    assert open_files(root) == set()
+
+
+async def test_two_drafts_in_one_second_do_not_meet(target: Target) -> None:
+    first = await filled(target)
+    second = await filled(target)
+    assert first.snapshot_id != second.snapshot_id
+    both = [await second.commit(DETAILS), await first.commit(DETAILS)]
+    third = await snapshot(target)
+    assert len({one.created for one in (*both, third)}) == 3
+    assert await target.snapshots() == sorted([*both, third], key=lambda one: one.created)
+
+
+async def test_snapshots_are_listed_by_vm_and_then_oldest_first(target: Target) -> None:
+    later = STARTED + timedelta(days=400)
+    for vm, started in (("web01", later), ("db01", later), ("web01", STARTED)):
+        await snapshot(target, vm=vm, started=started)
+    listed = [(one.vm, one.created.year) for one in await target.snapshots()]
+    assert listed == [("db01", 2027), ("web01", 2026), ("web01", 2027)]
+    assert [one.vm for one in await target.snapshots("db01")] == ["db01"]
+    assert await target.snapshots("web") == []
+    assert find(await target.snapshots(), "web01@latest").created.year == 2027
+
+
+async def test_a_disk_that_was_not_backed_up_is_not_found(target: Target, tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="has no disk 'vdz'"):
+        await target.extract(await snapshot(target), "vdz", to=tmp_path / "x", image_format="raw")
+    assert not (tmp_path / "x").exists()
+
+
+async def test_a_disk_cannot_be_added_twice(target: Target) -> None:
+    draft = await filled(target)
+    with pytest.raises(TargetError):
+        await draft.add_disk(disk(), compressible=True)
+    await draft.abort()
+
+
+async def test_what_a_dead_process_left_is_removed_by_the_next_draft(target: Target, root: Path) -> None:
+    """A writer that was killed in the middle, and one in another process that still lives."""
+    dead, alive = await writer(root, "web01"), await writer(root, "web01")
+    other_vm = await writer(root, "db01")
+    for one in (dead, other_vm):
+        one.kill()
+        await one.wait()
+    assert len(partials(root)) == 3
+    draft = await target.begin("web01", STARTED)
+    assert await target.snapshots() == []
+    assert len(partials(root / "web01")) == 2  # the live one's, and ours
+    await draft.abort()
+    assert len(partials(root)) == 2
+    alive.kill()
+    await alive.wait()
+    for vm in ("web01", "db01"):
+        await (await target.begin(vm, STARTED)).abort()
+    assert seen(root) == set()
+
+
+def partials(root: Path) -> list[Path]:
+    return list(root.rglob("*.partial"))
+
+
+async def writer(root: Path, vm: str) -> asyncio.subprocess.Process:
+    """Another process with a draft of which one disk is sealed."""
+    code = f"import asyncio, test_target as suite; asyncio.run(suite.write_and_wait({str(root)!r}, {vm!r}))"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", code),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        env=import_suite(),
+    )
+    assert process.stdout is not None
+    assert await asyncio.wait_for(process.stdout.readline(), 20) == b"ready\n"
+    return process
+
+
+async def write_and_wait(root: str, vm: str) -> None:
+    draft = await filled(ImagesTarget("main", Path(root)), vm=vm)
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    await asyncio.sleep(600)
+    await draft.abort()
+
+
+# --- the images target in particular ---
+
+
+@pytest.fixture
+async def images(root: Path) -> ImagesTarget:
+    made = ImagesTarget("main", root)
+    await made.prepare()
+    return made
+
+
+async def test_a_snapshot_is_a_folder_that_needs_nothing_but_qemu_img(target: Target, root: Path) -> None:
+    await snapshot(target, disk("vda"), disk("vdb"))
+    folder = root / "web01" / STAMP
+    assert seen(root) == {
+        "web01",
+        *(f"web01/{STAMP}{name}" for name in ("", "/manifest.json", "/vda.qcow2", "/vdb.qcow2")),
+    }
+    for number, name in enumerate(["vda", "vdb"]):
+        image = folder / f"{name}.qcow2"
+        await asyncio.to_thread(subprocess.check_call, ["qemu-img", "check", "-q", image])
+        assert await asyncio.to_thread(as_raw, image, "qcow2") == content(MIB, number)
+    document = json.loads((folder / "manifest.json").read_text())
+    assert document["version"] == 1
+    assert (document["snapshot"], document["vm"], document["kind"]) == (f"web01/{STAMP}", "web01", "full")
+    assert document["created"] == "2026-11-22T02:30:00+00:00"
+    assert [one["file"] for one in document["disks"]] == ["vda.qcow2", "vdb.qcow2"]
+    assert document["details"] == DETAILS
+
+
+async def test_only_we_may_read_it(target: Target, root: Path) -> None:
+    await snapshot(target)
+    modes = {name: stat.S_IMODE((root / name).stat().st_mode) for name in (".", *seen(root))}
+    image, folder = f"web01/{STAMP}/vda.qcow2", f"web01/{STAMP}"
+    assert modes.pop(f"{folder}/manifest.json") & 0o022 == 0  # names and hashes; the folder keeps others out
+    assert modes == {".": 0o700, "web01": 0o700, folder: 0o700, image: 0o600}
+
+
+async def test_compression_makes_it_smaller_where_qemu_writes_each_cluster_once(root: Path) -> None:
+    stored = {}
+    for compression, compressible in (
+        (Compression.NONE, True),
+        (Compression.ZSTD, True),
+        (Compression.ZSTD, False),
+    ):
+        made = ImagesTarget("main", root, compression=compression)
+        await made.prepare()
+        draft = await made.begin("web01", STARTED)
+        sink = await draft.add_disk(disk(size_bytes=3 * MIB), compressible=compressible)
+        assert sink.compress is (compression is Compression.ZSTD and compressible)
+        await write(sink, 3 * MIB, content(3 * MIB))
+        stored[compression, compressible] = (await draft.seal(disk(size_bytes=3 * MIB))).stored_bytes
+        await draft.abort()
+    assert stored[Compression.ZSTD, True] < 0.7 * stored[Compression.NONE, True]
+    assert stored[Compression.ZSTD, False] == stored[Compression.NONE, True]
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".hidden", "a/b", "../../etc/passwd", "/abs", "a b", "ä", "x" * 129]
+)
+async def test_a_disk_whose_id_is_no_file_name_is_refused(images: ImagesTarget, root: Path, name: str) -> None:
+    draft = await images.begin("web01", STARTED)
+    with pytest.raises(TargetError) as refused:
+        await draft.add_disk(disk(name), compressible=True)
+    assert refused.value.code == "disk-name"
+    assert repr(name) in refused.value.message
+    await draft.abort()
+    assert seen(root) == set()
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ("{}", "KeyError"),
+        ('{"version": 1}', "KeyError"),
+        ('{"version": 2}', "version 2; this vmfleece reads 1"),
+        ("\udcff", "UnicodeDecodeError"),
+    ],
+)
+async def test_a_broken_manifest_hides_no_other_snapshot(
+    images: ImagesTarget, root: Path, broken: str, said: str
+) -> None:
+    kept = await snapshot(images)
+    bad = root / "web01" / "20261121T023000Z" / manifest.NAME
+    bad.parent.mkdir()
+    bad.write_bytes(broken.encode(errors="surrogateescape"))
+    (root / "web01" / "notes.txt").touch()
+    (root / "lost+found").mkdir()
+    with capture_logs() as lines:
+        assert await images.snapshots() == [kept]
+    (line,) = lines
+    assert (line["event"], line["target"]) == ("snapshot.unreadable", "main")
+    assert said in line["error"]
+    assert str(bad) in line["error"]
+
+
+async def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("theirs")
+    for path in (tmp_path / "file", tmp_path / "file" / "vms"):
+        made = ImagesTarget("main", path)
+        for act in (made.prepare(), made.begin("web01", STARTED)):
+            with pytest.raises(TargetError) as failed:
+                await act
+            assert failed.value.code == "target-unwritable"
+            assert failed.value.message.startswith("target main: ")
+            assert str(path) in failed.value.message
+        assert await made.snapshots() == []
+    assert (tmp_path / "file").read_text() == "theirs"
+
+
+async def test_a_rename_that_is_not_durable_is_undone(
+    images: ImagesTarget, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    given_up, tried_again = await filled(images, vm="db01"), await filled(images)
+    with monkeypatch.context() as patched:
+        patched.setattr(images_module, "sync_folder", broken)
+        for draft in (given_up, tried_again):
+            with pytest.raises(TargetError, match="Input/output error"):
+                await draft.commit(DETAILS)
+    await given_up.abort()
+    committed = await tried_again.commit(DETAILS)
+    assert await images.snapshots() == [committed]
+    assert not (root / "db01").exists()
+
+
+async def test_a_full_target_says_so_and_can_be_committed_to_once_there_is_room(tmp_path: Path) -> None:
+    """In a process of its own, with a small file system that nobody else sees."""
+    small = tmp_path / "small"
+    small.mkdir()
+    code = f"import asyncio, test_target as suite; asyncio.run(suite.on_a_full_file_system({str(small)!r}))"
+    mounting = (
+        f"mount -t tmpfs -o size=4m,nr_inodes=20 none {small} && exec {sys.executable} -c {shlex.quote(code)}"
+    )
+    argv = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"]), "sh", "-c", mounting]
+    done = await asyncio.to_thread(
+        partial(subprocess.run, argv, env=import_suite(), capture_output=True, text=True, check=False, timeout=60)
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def import_suite() -> dict[str, str]:
+    places = (Path(__file__).parents[2], Path(__file__).parent)
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, places))}
+
+
+async def on_a_full_file_system(path: str) -> None:
+    root = Path(path) / "vms"
+    made = ImagesTarget("main", root)
+    await made.prepare()
+    draft = await filled(made)
+    with (root / "junk").open("wb", buffering=0) as junk, contextlib.suppress(OSError):
+        while junk.write(bytes(512)):
+            pass
+    await full(draft.commit(DETAILS))
+    assert await made.snapshots() == []
+    (root / "junk").unlink()
+    committed = await draft.commit(DETAILS)
+    assert await made.snapshots() == [committed]
+    for number in range(20):  # no inode is left
+        with contextlib.suppress(OSError):
+            (root / f"junk{number}").touch()
+    await full(made.begin("db01", STARTED))
+    await full(made.begin("web01", STARTED))
+    assert await made.snapshots() == [committed]
+
+
+async def full(act: Coroutine[Any, Any, object]) -> None:
+    with pytest.raises(TargetError) as failed:
+        await act
+    assert failed.value.code == "target-full"
+    assert "No space left" in failed.value.message
