@@ -1,0 +1,91 @@
+"""A target in memory: what a run needs of one, in microseconds and without QEMU's tools."""
+
+import asyncio
+import hashlib
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.model import Disk
+from orchestrator.target.base import Draft, Sink, Snapshot, SnapshotDisk, Target
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class FakeTarget(Target):
+    """See the contract, `Target`. `drafts` are those neither committed nor aborted."""
+
+    def __init__(self, name: str, *, max_runs: int | None = None) -> None:
+        self.name = name
+        self.max_runs = max_runs
+        self.listed: list[Snapshot] = []
+        self.drafts: list[FakeDraft] = []
+        self.contents: dict[tuple[str, str], bytes] = {}
+        self.before: Callable[[str], None] = lambda _step: None
+        """Called with the name of each step that is about to be done; may raise."""
+
+    async def prepare(self) -> None:
+        await self.step("prepare")
+
+    async def begin(self, vm: str, started: datetime) -> "FakeDraft":
+        await self.step("begin")
+        return FakeDraft(self, vm, started)
+
+    async def snapshots(self, vm: str | None = None) -> list[Snapshot]:
+        return [snapshot for snapshot in self.listed if vm in (None, snapshot.vm)]
+
+    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> None:
+        raise NotImplementedError
+
+    async def step(self, name: str) -> None:
+        """Let others run, as each step of a real target does."""
+        await asyncio.sleep(0)
+        self.before(name)
+
+
+class FakeDraft(Draft):
+    """See the contract, `Draft`."""
+
+    def __init__(self, target: FakeTarget, vm: str, started: datetime) -> None:
+        self.snapshot_id = f"{vm}/{len(target.listed)}"
+        self._target = target
+        self._vm = vm
+        self._started = started
+        self._files: dict[str, int] = {}
+        self._sealed: dict[str, SnapshotDisk] = {}
+        target.drafts.append(self)
+
+    async def add_disk(self, disk: Disk, *, compressible: bool) -> Sink:  # noqa: ARG002
+        await self._target.step("add_disk")
+        self._files[disk.id] = os.memfd_create(f"target-{disk.id}")
+        os.ftruncate(self._files[disk.id], disk.size_bytes)
+        return Sink(self._files[disk.id], compress=False)
+
+    async def seal(self, disk: Disk) -> SnapshotDisk:
+        await self._target.step("seal")
+        descriptor = self._files.pop(disk.id)
+        content = os.pread(descriptor, disk.size_bytes, 0)
+        os.close(descriptor)
+        self._target.contents[self.snapshot_id, disk.id] = content
+        digest = hashlib.sha256(content).hexdigest()
+        self._sealed[disk.id] = SnapshotDisk(disk.id, disk.size_bytes, digest, len(content))
+        return self._sealed[disk.id]
+
+    async def commit(self, details: dict[str, Any]) -> Snapshot:
+        await self._target.step("commit")
+        disks = tuple(self._sealed.values())
+        snapshot = Snapshot(
+            self.snapshot_id, self._target.name, self._vm, self._started, str(details["kind"]), disks, details
+        )
+        self._target.listed.append(snapshot)
+        self._target.drafts.remove(self)
+        return snapshot
+
+    async def abort(self) -> None:
+        await self._target.step("abort")
+        while self._files:
+            os.close(self._files.popitem()[1])
+        if self in self._target.drafts:
+            self._target.drafts.remove(self)

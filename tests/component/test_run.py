@@ -1,0 +1,279 @@
+"""Runs that succeed: what is copied, in which order QEMU is told what, and what the result says."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+from orchestrator.model import Fleecing, FleecingPolicy, Outcome, Phase, RunResult, Vm
+from orchestrator.qemu.commands import Command
+from tests.component.fake_blocks import CLUSTER, Job
+from tests.component.fake_qemu import FakeQemu
+from tests.component.world import MIB, RUN, SOCKET, World, failed_with
+
+Make = Callable[..., World]
+DIRECT = Fleecing(enabled=False)
+
+
+def succeeded(result: RunResult) -> RunResult:
+    assert result.error is None, result.error
+    return result
+
+
+def overwrite(qemu: FakeQemu, disk: str, clusters: range) -> None:
+    """Let the guest overwrite some clusters, if it still is on the filter."""
+    for at in clusters:
+        qemu.guest_writes(disk, at * CLUSTER + 100, b"new")
+
+
+def writing_guest(world: World) -> Callable[[Job], None]:
+    """A guest that overwrites both ends of its disks while they are copied."""
+
+    def write(_job: Job) -> None:
+        for disk, content in world.expected.items():
+            last = len(content) // CLUSTER
+            overwrite(world.qemu, disk, range(3))
+            overwrite(world.qemu, disk, range(last - 3, last))
+
+    return write
+
+
+def wire(world: World) -> list[str]:
+    """What QEMU was told, without what only asks: names, with the node, device or job."""
+    keys = ("node-name", "path", "id", "opaque")
+    found = []
+    for command in world.qemu.executed:
+        if command.name.startswith(("query-", "x-debug")):
+            continue
+        about = next((str(command.arguments[key]) for key in keys if key in command.arguments), "")
+        found.append(f"{command.name} {about}".strip())
+    return found
+
+
+def between(commands: list[str], first: str, last: str) -> list[str]:
+    return commands[commands.index(first) + 1 : commands.index(last)]
+
+
+async def test_fleecing_copies_the_point_in_time_while_the_guest_writes(make: Make, before: list[str]) -> None:
+    world = make()
+    world.qemu.pace = 1
+    world.qemu.during_copy = writing_guest(world)
+    result = succeeded(await world.back_up())
+    world.assert_copied(result.snapshot)
+    assert all(world.qemu.content(disk) != content for disk, content in world.expected.items())
+    await world.assert_nothing_is_left(before)
+
+
+async def test_what_the_result_says(make: Make) -> None:
+    world = make()
+    world.qemu.pace = 1
+    world.qemu.during_copy = writing_guest(world)
+    result = succeeded(await world.back_up())
+    assert (result.vm, result.run, result.outcome) == ("web01", RUN, Outcome.SUCCEEDED)
+    assert result.snapshot == "web01/0"
+    assert result.pause_ms is not None
+    assert 0 < result.pause_ms < 1000
+    assert [(disk.disk, disk.size_bytes, disk.copied_bytes) for disk in result.disks] == [
+        ("vda", 2 * MIB, 2 * MIB),
+        ("vdb", MIB, MIB),
+    ]
+    assert all(disk.storage == "local" for disk in result.disks)
+    assert all(6 * CLUSTER <= disk.fleecing_peak_bytes <= 2 * MIB for disk in result.disks)
+    assert result.warnings == ()
+    assert not result.retryable
+    phases = [one.phase for one in world.progress]
+    assert [*dict.fromkeys(phases)] == [*Phase][1:]
+    assert phases == sorted(phases, key=[*Phase].index)
+
+
+async def test_the_snapshot_records_its_run(make: Make) -> None:
+    world = make()
+    succeeded(await world.back_up())
+    (snapshot,) = await world.target.snapshots()
+    assert snapshot.details["run"] == RUN
+    assert snapshot.details["job"] == "nightly"
+    assert [disk["disk"] for disk in snapshot.details["disks"]] == ["vda", "vdb"]
+
+
+async def test_between_stop_and_cont_only_filters_go_in_and_in_this_order(make: Make) -> None:
+    world = make()
+    succeeded(await world.back_up())
+    commands = wire(world)
+    assert commands.count("stop") == commands.count("cont") == 1
+    assert between(commands, "stop", "cont") == [
+        f"blockdev-add vmf-{RUN}-0-cbw",
+        f"blockdev-add vmf-{RUN}-1-cbw",
+        "qom-set /machine/peripheral/vda",
+        "qom-set /machine/peripheral/vdb",
+        f"blockdev-add vmf-{RUN}-0-snap",
+        f"blockdev-add vmf-{RUN}-1-snap",
+    ]
+
+
+async def test_each_disk_is_taken_out_in_the_order_that_qemu_survives(make: Make) -> None:
+    world = make(disks={"vda": MIB})
+    succeeded(await world.back_up())
+    commands = wire(world)
+    prefix = f"vmf-{RUN}-0"
+    assert commands[commands.index(f"job-dismiss {prefix}-copy") :] == [
+        f"job-dismiss {prefix}-copy",
+        f"blockdev-del {prefix}-snap",
+        "qom-set /machine/peripheral/vda",
+        f"blockdev-del {prefix}-cbw",
+        f"blockdev-del {prefix}-img",
+        f"blockdev-del {prefix}-grant",
+        f"blockdev-del {prefix}-file",
+        "blockdev-reopen",
+        f"blockdev-del {prefix}-target",
+        f"blockdev-del {prefix}-tfile",
+    ]
+
+
+async def test_without_fleecing_old_data_goes_to_the_target(make: Make, before: list[str]) -> None:
+    world = make()
+    world.qemu.pace = 1
+    world.qemu.during_copy = writing_guest(world)
+    result = succeeded(await world.back_up(fleecing=DIRECT))
+    world.assert_copied(result.snapshot)
+    assert all(disk.storage is None and disk.fleecing_peak_bytes == 0 for disk in result.disks)
+    for job in backups(world):
+        assert "discard-source" not in job
+    assert not any("-img" in command or "-grant" in command for command in wire(world))
+    await world.assert_nothing_is_left(before)
+
+
+def backups(world: World) -> list[dict[str, object]]:
+    """The arguments of each job that was started."""
+    found: list[dict[str, object]] = []
+    for command in world.qemu.executed:
+        found += _backups_of(command)
+    return found
+
+
+def _backups_of(command: Command) -> list[dict[str, object]]:
+    if command.name == "blockdev-backup":
+        return [dict(command.arguments)]
+    if command.name == "transaction":
+        return [action["data"] for action in command.arguments["actions"]]
+    return []
+
+
+async def test_preferred_fleecing_that_cannot_be_had_is_a_warning(make: Make, before: list[str]) -> None:
+    world = make(quota=MIB)
+    result = await world.back_up(fleecing=Fleecing(storage="local", policy=FleecingPolicy.PREFER))
+    assert result.outcome is Outcome.WARNING
+    world.assert_copied(result.snapshot)
+    assert "without fleecing" in result.warnings[0]
+    assert all(disk.storage is None for disk in result.disks)
+    await world.assert_nothing_is_left(before)
+
+
+async def test_required_fleecing_that_cannot_be_had_fails(make: Make, before: list[str]) -> None:
+    world = make(quota=MIB)
+    assert failed_with(await world.back_up()) == "quota-too-small"
+    await world.assert_nothing_is_left(before)
+    await world.assert_nothing_is_listed()
+
+
+async def test_a_paused_vm_stays_paused(make: Make, before: list[str]) -> None:
+    world = make(running=False)
+    result = succeeded(await world.back_up())
+    world.assert_copied(result.snapshot)
+    assert result.pause_ms is None
+    assert not {"stop", "cont"} & set(wire(world))
+    await world.assert_nothing_is_left(before, status="paused")
+
+
+async def test_a_vm_that_was_paused_while_it_was_copied_stays_paused(make: Make, before: list[str]) -> None:
+    world = make()
+    world.qemu.pace = 1
+    world.qemu.during_copy = lambda _job: world.qemu.user("stop")
+    result = succeeded(await world.back_up())
+    world.assert_copied(result.snapshot)
+    await world.assert_nothing_is_left(before, status="paused")
+
+
+async def test_without_discard_source_everything_goes_out_while_paused(make: Make, before: list[str]) -> None:
+    world = make(discard_source=False)
+    world.qemu.pace = 1
+    world.qemu.during_copy = writing_guest(world)
+    result = succeeded(await world.back_up())
+    world.assert_copied(result.snapshot)
+    commands = wire(world)
+    paused = False
+    for command in commands:
+        if command in ("stop", "cont"):
+            paused = command == "stop"
+        elif command.startswith(("qom-set", "blockdev-del vmf")) and "tar" not in command and "tfi" not in command:
+            assert paused, command
+    assert commands.count("stop") == commands.count("cont")
+    assert not any("discard-source" in job for job in backups(world))
+    assert not any(command.startswith("block-set-write-threshold") for command in commands)
+    reopened = [command.arguments["options"][0] for command in world.qemu.executed if "reopen" in command.name]
+    assert all(options["driver"] == "qcow2" for options in reopened)
+    await world.assert_nothing_is_left(before)
+
+
+async def test_a_vm_paused_while_copied_stays_paused_without_discard_source(make: Make, before: list[str]) -> None:
+    world = make(discard_source=False)
+    world.qemu.pace = 1
+    world.qemu.during_copy = lambda _job: world.qemu.user("stop")
+    succeeded(await world.back_up())
+    await world.assert_nothing_is_left(before, status="paused")
+
+
+async def test_only_disks_that_can_be_backed_up_are(make: Make, before: list[str]) -> None:
+    world = make()
+    world.qemu.add_disk("cd0", bytes(MIB), removable=True)
+    world.qemu.add_disk("ro0", bytes(MIB), read_only=True)
+    world.qemu.add_disk("scratch0", bytes(MIB))
+    result = succeeded(await world.back_up(vm=Vm("web01", SOCKET, exclude_disks=("scratch0",))))
+    assert [disk.disk for disk in result.disks] == ["vda", "vdb"]
+    await world.assert_nothing_is_left(before)
+
+
+async def test_a_disk_of_odd_size_is_copied_whole(make: Make, before: list[str]) -> None:
+    world = make(disks={"vda": MIB + 512})
+    result = succeeded(await world.back_up())
+    world.assert_copied(result.snapshot)
+    assert result.disks[0].copied_bytes == MIB + 512
+    await world.assert_nothing_is_left(before)
+
+
+async def test_the_bandwidth_is_shared_and_goes_to_those_that_still_copy(make: Make) -> None:
+    world = make(disks={"vda": 4 * MIB, "vdb": 256 << 10})
+    world.qemu.pace = 1
+    succeeded(await world.back_up(bwlimit=1000))
+    assert [job["speed"] for job in backups(world)] == [500, 500]
+    speeds = [dict(command.arguments) for command in world.qemu.executed if "speed" in command.name]
+    assert speeds == [{"device": f"vmf-{RUN}-0-copy", "speed": 1000}]
+
+
+async def test_names_fit_into_qemu_however_many_disks_there_are(make: Make, before: list[str]) -> None:
+    world = make(disks={f"disk{number}": CLUSTER for number in range(12)})
+    result = succeeded(await world.back_up())
+    world.assert_copied(result.snapshot)
+    await world.assert_nothing_is_left(before)
+
+
+async def test_a_second_run_follows_the_first_on_the_same_vm(make: Make, before: list[str]) -> None:
+    world = make()
+    first = succeeded(await world.back_up(run="00000001"))
+    overwrite(world.qemu, "vda", range(4))
+    world.expected = {disk: world.qemu.content(disk) for disk in world.expected}
+    second = succeeded(await world.back_up(run="00000002"))
+    world.assert_copied(second.snapshot)
+    assert first.snapshot != second.snapshot
+    await world.assert_nothing_is_left(before)
+
+
+async def test_commands_reach_qemu_in_one_piece(make: Make) -> None:
+    """Nothing else of ours comes between `stop` and `cont`, even while other disks are under way."""
+    world = make(discard_source=False)
+    world.qemu.pace = 1
+    succeeded(await world.back_up())
+    names = [command.name for command in world.qemu.executed]
+    states = [name for name in names if name in ("stop", "cont")]
+    assert all(one != other for one, other in pairwise(states))
+    paused = False
+    for name in names:
+        paused = name == "stop" or (paused and name != "cont")
+        assert not (paused and name.startswith("query-"))
