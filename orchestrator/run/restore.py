@@ -51,7 +51,14 @@ async def restore(
                 hint="the snapshot is damaged on its target: restore another one",
                 code="content-wrong",
             )
-        await asyncio.to_thread(_publish, written, to)
+        try:
+            await asyncio.to_thread(_publish, written, to)
+        except OSError as error:
+            raise TargetError(
+                f"cannot restore to {to}: {error.strerror}",
+                hint="the disk could be read; give another path",
+                code="restore-path",
+            ) from error
     except BaseException:
         if not device:
             with contextlib.suppress(FileNotFoundError):
