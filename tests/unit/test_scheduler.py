@@ -1,0 +1,189 @@
+"""When jobs are started, on a clock that only sleeping moves."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from orchestrator.config import JobSettings
+from orchestrator.model import Fleecing, RunOptions
+from orchestrator.service import scheduler
+from orchestrator.state.catalogue import Catalogue
+
+START = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
+REAL_SLEEP = asyncio.sleep
+
+
+def at(hour: float, day: int = 22) -> datetime:
+    return datetime(2026, 11, day, tzinfo=UTC) + timedelta(hours=hour)
+
+
+def job(schedule: str | None = "*-*-* 14:00 UTC", **changes: Any) -> JobSettings:
+    settings: dict[str, Any] = {"randomized_delay_seconds": 0.0, "repeat_missed": False, "retries": 0} | changes
+    return JobSettings("nightly", ("web01",), RunOptions("main", Fleecing()), schedule, **settings)
+
+
+class Clock:
+    """The scheduler's clock: sleeping moves it, and it ends the test at a time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, until: datetime) -> None:
+        self.now, self.until = START, until
+        self.sleeps: list[float] = []
+        self.runs: list[datetime] = []
+        self.takes = timedelta(0)
+        monkeypatch.setattr(scheduler, "now", lambda: self.now)
+        monkeypatch.setattr(asyncio, "sleep", self.sleep)
+
+    async def sleep(self, seconds: float) -> None:
+        self.sleeps.append(seconds)
+        self.now += timedelta(seconds=seconds)
+        if self.now > self.until:
+            raise asyncio.CancelledError
+        await REAL_SLEEP(0)
+
+    async def run(self, name: str) -> None:
+        assert name == "nightly"
+        self.runs.append(self.now)
+        self.now += self.takes
+
+
+async def served(
+    monkeypatch: pytest.MonkeyPatch,
+    one: JobSettings,
+    catalogue: Catalogue,
+    until: datetime,
+    *,
+    takes: timedelta = timedelta(0),
+) -> tuple[list[datetime], list[dict[str, Any]]]:
+    """When runs started, and what was logged."""
+    clock = Clock(monkeypatch, until)
+    clock.takes = takes
+    with capture_logs() as lines, pytest.raises(asyncio.CancelledError):
+        await scheduler.serve(one, clock.run, catalogue)
+    assert max(clock.sleeps, default=0) <= scheduler.LONGEST_SLEEP_SECONDS
+    return clock.runs, [dict(line) for line in lines]
+
+
+@pytest.fixture
+def catalogue(tmp_path: Path) -> Catalogue:
+    return Catalogue(tmp_path)
+
+
+async def test_a_job_runs_whenever_it_is_due(monkeypatch: pytest.MonkeyPatch, catalogue: Catalogue) -> None:
+    runs, lines = await served(monkeypatch, job(), catalogue, at(13, day=25))
+    assert runs == [at(14, day) for day in (22, 23, 24)]
+    assert catalogue.last_due("nightly") == at(14, day=24)
+    assert [line["event"] for line in lines] == ["job.scheduled"] * 4
+    assert datetime.fromisoformat(lines[0]["due"]) == datetime.fromisoformat(lines[0]["start"]) == at(14)
+
+
+async def test_a_job_without_a_schedule_is_never_due(catalogue: Catalogue) -> None:
+    async def run(name: str) -> None:
+        pytest.fail(name)
+
+    await asyncio.wait_for(scheduler.serve(job(None), run, catalogue), 5)
+
+
+async def test_a_job_that_never_comes_again_ends(monkeypatch: pytest.MonkeyPatch, catalogue: Catalogue) -> None:
+    clock = Clock(monkeypatch, at(0, day=30))
+    await scheduler.serve(job("2026-11-23 02:00 UTC"), clock.run, catalogue)
+    assert clock.runs == [at(2, day=23)]
+
+
+@pytest.mark.parametrize(
+    ("repeat_missed", "last", "caught_up"),
+    [
+        (True, at(14, day=20), True),  # the 21st was missed
+        (True, at(14, day=21), False),
+        (True, None, False),  # a new job has missed nothing
+        (False, at(14, day=20), False),
+    ],
+)
+async def test_a_missed_turn_is_taken_at_once_if_the_job_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+    catalogue: Catalogue,
+    repeat_missed: bool,
+    last: datetime | None,
+    caught_up: bool,
+) -> None:
+    if last is not None:
+        catalogue.set_last_due("nightly", last)
+    runs, lines = await served(monkeypatch, job(repeat_missed=repeat_missed), catalogue, at(15))
+    assert runs == ([START] if caught_up else []) + [at(14)]
+    assert [line["event"] for line in lines].count("job.caught-up") == caught_up
+
+
+async def test_many_missed_turns_are_taken_once(monkeypatch: pytest.MonkeyPatch, catalogue: Catalogue) -> None:
+    catalogue.set_last_due("nightly", at(14, day=1))
+    runs, _ = await served(monkeypatch, job(repeat_missed=True), catalogue, at(13))
+    assert runs == [START]
+    runs, _ = await served(monkeypatch, job(repeat_missed=True), catalogue, at(13))  # after a restart
+    assert runs == []
+
+
+async def test_a_turn_that_comes_while_the_last_one_runs_is_skipped_and_said_so(
+    monkeypatch: pytest.MonkeyPatch, catalogue: Catalogue
+) -> None:
+    runs, lines = await served(
+        monkeypatch, job("*-*-* 00/2:00 UTC"), catalogue, at(23.9), takes=timedelta(hours=3)
+    )
+    assert runs == [at(14), at(18), at(22)]
+    skipped = [line for line in lines if line["event"] == "job.skipped"]
+    assert [datetime.fromisoformat(line["due"]) for line in skipped] == [at(16), at(20), at(24)]
+    assert all(line["log_level"] == "warning" for line in skipped)
+
+
+async def test_a_run_that_ends_in_time_skips_nothing(
+    monkeypatch: pytest.MonkeyPatch, catalogue: Catalogue
+) -> None:
+    runs, lines = await served(
+        monkeypatch, job("*-*-* 00/2:00 UTC"), catalogue, at(19), takes=timedelta(hours=1, minutes=59)
+    )
+    assert runs == [at(14), at(16), at(18)]
+    assert {line["event"] for line in lines} == {"job.scheduled"}
+
+
+async def test_a_turn_is_remembered_before_it_is_taken(
+    monkeypatch: pytest.MonkeyPatch, catalogue: Catalogue
+) -> None:
+    """A daemon that is killed in a run must not repeat it at every start."""
+    seen: list[datetime | None] = []
+
+    async def killed(_name: str) -> None:
+        seen.append(catalogue.last_due("nightly"))
+        raise asyncio.CancelledError
+
+    Clock(monkeypatch, at(15))
+    with pytest.raises(asyncio.CancelledError):
+        await scheduler.serve(job(), killed, catalogue)
+    assert seen == [at(14)]
+
+
+async def test_the_randomized_delay_comes_on_top(monkeypatch: pytest.MonkeyPatch, catalogue: Catalogue) -> None:
+    delayed = job(randomized_delay_seconds=1800.0)
+    (first,), lines = await served(monkeypatch, delayed, catalogue, at(15))
+    assert at(14) < first < at(14.5)
+    assert datetime.fromisoformat(lines[0]["start"]) == first
+    assert catalogue.last_due("nightly") == at(14)
+    (again,), _ = await served(monkeypatch, delayed, catalogue, at(15))
+    assert again == first
+
+
+async def test_a_clock_that_is_set_forward_is_noticed_within_a_minute(
+    monkeypatch: pytest.MonkeyPatch, catalogue: Catalogue
+) -> None:
+    clock = Clock(monkeypatch, at(23))
+    sleep = clock.sleep
+
+    async def jumping(seconds: float) -> None:
+        await sleep(seconds)
+        if len(clock.sleeps) == 1:
+            clock.now = at(15)  # the host slept
+
+    monkeypatch.setattr(asyncio, "sleep", jumping)
+    with capture_logs(), pytest.raises(asyncio.CancelledError):
+        await scheduler.serve(job(), clock.run, catalogue)
+    assert clock.runs == [at(15)]

@@ -1,0 +1,178 @@
+"""What is remembered between processes, and who owns it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import EXIT_LOCKED, StateError
+from orchestrator.model import ErrorReport, Kind, Outcome, RunResult
+from orchestrator.state import lock
+from orchestrator.state.catalogue import Catalogue
+
+ROOT = Path(__file__).parents[2]
+STARTED = datetime(2026, 11, 22, 2, 30, tzinfo=UTC)
+RESULT = RunResult(
+    vm="web01",
+    run="0a1b2c3d",
+    outcome=Outcome.SUCCEEDED,
+    snapshot="web01/20261122T023000Z",
+    kind=Kind.FULL,
+    reason="why",
+    started=STARTED,
+    duration_seconds=1.5,
+    pause_ms=None,
+    disks=(),
+)
+
+
+# --- the lock ---
+
+
+def owner(state_dir: Path) -> "subprocess.Popen[str]":
+    """Another process that owns state_dir."""
+    code = (
+        "import pathlib, sys, time\n"
+        "from orchestrator.state.lock import owned\n"
+        "with owned(pathlib.Path(sys.argv[1])):\n"
+        "    print('mine', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, state_dir], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "mine\n"
+    return process
+
+
+def test_a_second_owner_is_refused_with_the_firsts_pid_until_it_is_dead(tmp_path: Path) -> None:
+    state_dir = tmp_path / "deep" / "state"
+    with owner(state_dir) as first:
+        try:
+            for _ in range(2):
+                with pytest.raises(StateError, match=f"process {first.pid}\\)") as refused, lock.owned(state_dir):
+                    pytest.fail("owned twice")
+                assert (refused.value.code, refused.value.exit_code) == ("locked", EXIT_LOCKED)
+                assert str(state_dir) in refused.value.message
+        finally:
+            first.send_signal(signal.SIGKILL)
+        first.wait()
+    with lock.owned(state_dir):
+        assert (state_dir / "lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_a_lock_ends_with_its_block_also_after_an_error(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), lock.owned(tmp_path):
+            1 / 0  # noqa: B018
+    with lock.owned(tmp_path), pytest.raises(StateError), lock.owned(tmp_path):
+        pytest.fail("owned twice")
+
+
+def test_state_is_private(tmp_path: Path) -> None:
+    with lock.owned(tmp_path / "state"):
+        assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
+        assert (tmp_path / "state" / "lock").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_state_dir_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "state"):
+        with pytest.raises(StateError) as failed, ExitStack() as stack:
+            stack.enter_context(lock.owned(path))
+        assert failed.value.code == "state-unusable"
+        assert str(path) in failed.value.message
+        assert "daemon.state_dir" in failed.value.hint
+
+
+# --- the catalogue ---
+
+
+@pytest.fixture
+def catalogue(tmp_path: Path) -> Catalogue:
+    return Catalogue(tmp_path)
+
+
+def test_a_result_comes_back_as_it_was(catalogue: Catalogue, tmp_path: Path) -> None:
+    failed = replace(RESULT, outcome=Outcome.FAILED, error=ErrorReport("copy-failed", "ä", "b"), warnings=("w",))
+    catalogue.begin(RESULT.run, "web01", "nightly", STARTED)
+    assert catalogue.results("web01") == []
+    catalogue.finish(failed)
+    for opened in (catalogue, Catalogue(tmp_path)):
+        assert opened.results("web01") == [json.loads(json.dumps(failed.as_json()))]
+        assert opened.results("web") == []
+
+
+def test_results_are_oldest_first_and_of_ended_runs_only(catalogue: Catalogue) -> None:
+    for number in (2, 0, 1):
+        one = replace(RESULT, run=f"run{number}", started=STARTED + timedelta(hours=number))
+        catalogue.begin(one.run, "web01", None, one.started)
+        if number != 1:
+            catalogue.finish(one)
+    catalogue.begin("other", "db01", None, STARTED)
+    assert [one["run"] for one in catalogue.results("web01")] == ["run0", "run2"]
+
+
+def test_a_run_is_known_from_its_beginning_for_ever(catalogue: Catalogue, tmp_path: Path) -> None:
+    assert not catalogue.knows("0a1b2c3d")
+    catalogue.begin("0a1b2c3d", "web01", None, STARTED)
+    assert catalogue.knows("0a1b2c3d")
+    catalogue.finish(RESULT)
+    assert Catalogue(tmp_path).knows("0a1b2c3d")
+    assert not catalogue.knows("0a1b2c3")
+
+
+def test_a_run_cannot_be_entered_twice(catalogue: Catalogue) -> None:
+    catalogue.begin("0a1b2c3d", "web01", None, STARTED)
+    with pytest.raises(StateError):
+        catalogue.begin("0a1b2c3d", "db01", None, STARTED)
+
+
+def test_the_last_due_time_of_each_job_is_kept_with_its_zone(catalogue: Catalogue, tmp_path: Path) -> None:
+    assert catalogue.last_due("nightly") is None
+    for due in (STARTED, STARTED.astimezone(timezone(timedelta(hours=1))) + timedelta(days=1)):
+        catalogue.set_last_due("nightly", due)
+        assert Catalogue(tmp_path).last_due("nightly") == due
+    assert catalogue.last_due("weekly") is None
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda one: one.begin("r", "v", None, STARTED),
+        lambda one: one.finish(RESULT),
+        lambda one: one.knows("r"),
+        lambda one: one.results("v"),
+        lambda one: one.last_due("j"),
+        lambda one: one.set_last_due("j", STARTED),
+        lambda one: Catalogue(one._path.parent),
+    ],
+)
+@pytest.mark.parametrize("damage", [b"no database", b"SQLite format 3\0" + bytes(range(256)) * 16])
+def test_a_damaged_file_is_named(
+    catalogue: Catalogue, tmp_path: Path, act: Callable[[Catalogue], object], damage: bytes
+) -> None:
+    path = tmp_path / "catalogue.sqlite"
+    path.write_bytes(damage)
+    for suffix in ("-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+    with pytest.raises(StateError) as failed:
+        act(catalogue)
+    assert failed.value.code == "state-unusable"
+    assert str(path) in failed.value.message
+    assert "moved away" in failed.value.hint
+    assert path.read_bytes() == damage
+
+
+def test_no_catalogue_can_be_made_where_there_is_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="unable to open"):
+        Catalogue(tmp_path / "absent")
