@@ -175,9 +175,14 @@ class _Run:
                         await self._back_up(monitor, lease, planned, started)
                         done = True
                     finally:
-                        self._enter(Phase.CLEANING)
-                        failed = await self._undo.unwind(step_deadline_seconds=UNDO_STEP_SECONDS)
-                        self._facts.warnings += [f"could not undo: {step}" for step in failed]
+                        await self._clean_up()
+
+    async def _clean_up(self) -> None:
+        try:
+            self._enter(Phase.CLEANING)
+        finally:  # also if nobody can be told any more: the command's output may be closed
+            failed = await self._undo.unwind(step_deadline_seconds=UNDO_STEP_SECONDS)
+            self._facts.warnings += [f"could not undo: {step}" for step in failed]
 
     async def _survey(self, monitor: Monitor) -> Plan:
         return await survey.survey(
