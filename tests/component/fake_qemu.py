@@ -121,7 +121,7 @@ class FakeQemu:
             self._close(node)
         for fdset in self.fdsets.values():
             os.close(fdset.descriptor)
-        self.nodes, self.jobs, self.fdsets = {}, {}, {}
+        self.nodes, self.jobs, self.fdsets, self.devices = {}, {}, {}, {}
         self.cut()
 
     def cut(self) -> None:
