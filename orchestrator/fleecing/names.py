@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 from orchestrator.qemu.commands import PREFIX
 
-SNAPSHOT, CBW, IMAGE, GRANT, FILE, TARGET, TARGET_FILE = (
-    *("snap", "cbw", "img", "grant", "file"),
-    *("target", "tfile"),
-)
-FLEECING = (SNAPSHOT, CBW, IMAGE, GRANT, FILE)
+SNAPSHOT, GATE, CBW, IMAGE, GRANT, FILE = "snap", "gate", "cbw", "img", "grant", "file"
+TARGET, TARGET_FILE = "target", "tfile"
+FLEECING = (SNAPSHOT, GATE, CBW, IMAGE, GRANT, FILE)
 DISMANTLING = (*FLEECING, TARGET, TARGET_FILE)
 """The order in which nodes can be deleted: parents first."""
 
@@ -30,6 +28,10 @@ class DiskNames:
     @property
     def snapshot(self) -> str:
         return self.prefix + SNAPSHOT
+
+    @property
+    def gate(self) -> str:
+        return self.prefix + GATE
 
     @property
     def cbw(self) -> str:

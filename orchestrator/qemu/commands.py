@@ -66,6 +66,11 @@ def image_node(name: str, *, file: str) -> dict[str, Any]:
     return {"driver": "qcow2", "node-name": name, "file": file, "discard": "unmap"}
 
 
+def gate_node(name: str, *, file: str) -> dict[str, Any]:
+    """A node that passes everything on, and whose `file` can be exchanged under a running guest."""
+    return {"driver": "raw", "node-name": name, "file": file}
+
+
 def cbw_node(name: str, *, file: str, target: str, timeout_seconds: int) -> dict[str, Any]:
     """The filter that copies old data to `target` before a guest write (block/copy-before-write.c).
 
@@ -150,8 +155,9 @@ def write_threshold(node: str, threshold_bytes: int) -> Command:
     return Command("block-set-write-threshold", {"node-name": node, "write-threshold": threshold_bytes})
 
 
-def reopen(options: Mapping[str, Any]) -> Command:
-    return Command("blockdev-reopen", {"options": [dict(options)]})
+def reopen(*nodes: Mapping[str, Any]) -> Command:
+    """Change the options of nodes, all or none; I/O of all of them is held meanwhile (block.c)."""
+    return Command("blockdev-reopen", {"options": [dict(options) for options in nodes]})
 
 
 def add_fd(*, opaque: str) -> Command:

@@ -32,7 +32,7 @@ from orchestrator.errors import (
     ConnectionLost,
     MonitorError,
 )
-from orchestrator.qemu.commands import Command, add_fd
+from orchestrator.qemu.commands import QUERY_STATUS, Command, add_fd
 from orchestrator.qemu.monitor import (
     DEADLINE_SECONDS,
     OUTCOME_UNKNOWN,
@@ -76,6 +76,7 @@ class QmpMonitor(Monitor):
         self._client.register_listener(_Forwarder(self._router))
         self._socket: socket.socket | None = None
         self._descriptor_lock = asyncio.Lock()
+        self._descriptor_astray = False
         self._connect_lock = asyncio.Lock()
 
     @property
@@ -189,8 +190,13 @@ class QmpMonitor(Monitor):
     async def pass_descriptor(self, descriptor: int, *, opaque: str) -> int:
         # QEMU keeps the last descriptor it received until a command takes it: one sender at a time.
         async with self._descriptor_lock:
+            if self._descriptor_astray:
+                # An add-fd that nobody waited for may still be under way: it must not take this descriptor.
+                await self.execute(QUERY_STATUS)
+            self._descriptor_astray = True
             await self._send(descriptor)
             reply = await self.execute(add_fd(opaque=opaque))
+            self._descriptor_astray = False
         return int(reply["fdset-id"])
 
     async def _send(self, descriptor: int) -> None:

@@ -231,8 +231,9 @@ class _Run:
             ]
             quiet.jobs = {disk.names.job for disk in self._facts.disks}
             speed = self._speed(quiet)
-            await monitor.execute(commands.start_backups([self._job(disk, speed) for disk in self._facts.disks]))
-            async with aio.background(keeper.serve()):
+            starting = commands.start_backups([self._job(disk, speed) for disk in self._facts.disks])
+            async with aio.background(keeper.serve()):  # old data comes already, before the jobs run
+                await monitor.execute(starting)
                 await aio.all_or_first_error(
                     self._finish(gear, disk, watch) for disk, watch in zip(self._facts.disks, watches, strict=True)
                 )
@@ -267,18 +268,20 @@ class _Run:
             )
             for disk in self._facts.disks
         ]
-        # `stop` flushes the disks while the guest is paused: what the host still caches is written before.
+        # QEMU flushes the disks while the guest waits: what the host still caches is written before.
         images = [disk.plan.disk.image for disk in self._facts.disks if disk.plan.disk.image]
         await asyncio.to_thread(tools.write_back, images)
         running = (await monitor.execute(commands.QUERY_STATUS))["running"]
-        self._pausing = running
-        self._facts.pause_ms = await graph.take_snapshot(
-            monitor,
-            filters,
-            cbw_timeout_seconds=self._options.cbw_timeout_seconds,
-            running=running,
-        )
-        self._pausing = False
+        timeout_seconds = self._options.cbw_timeout_seconds
+        if self._capabilities.discard_source:
+            held_ms = await graph.take_snapshot(monitor, filters, cbw_timeout_seconds=timeout_seconds)
+            self._facts.pause_ms = held_ms if running else None
+        else:
+            self._pausing = running
+            self._facts.pause_ms = await graph.take_snapshot_paused(
+                monitor, filters, cbw_timeout_seconds=timeout_seconds, running=running
+            )
+            self._pausing = False
         log.info("snapshot.taken", disks=len(filters), pause_ms=self._facts.pause_ms)
 
     def _job(self, disk: DiskRun, speed_bytes_per_second: int) -> dict[str, Any]:
@@ -299,7 +302,8 @@ class _Run:
         self._copied(disk, gear.lease, ended.state)
         if disk.file is not None:
             high_water_bytes = await image.high_water_bytes(gear.monitor, disk.names)
-            disk.fleecing_peak_bytes = max(disk.fleecing_peak_bytes, high_water_bytes)
+            # QEMU counts the write that did not fit, too (block/io.c, bdrv_co_write_req_finish).
+            disk.fleecing_peak_bytes = max(disk.fleecing_peak_bytes, min(high_water_bytes, disk.grant_bytes))
         if not ended.state.succeeded:
             raise await self._diagnose(disk, ended, gear.keeper)
         if disk.file is not None:

@@ -106,8 +106,9 @@ class ImagesTarget(Target):
 
     def _snapshots(self, vm: str | None) -> list[Snapshot]:
         found = []
-        for path in sorted(self.path.glob(f"{vm or '*'}/*/{manifest.NAME}")):
-            if path.parent.name.endswith(PARTIAL):
+        for path in sorted(self.path.glob(f"*/*/{manifest.NAME}")):
+            folder = path.parent
+            if folder.name.endswith(PARTIAL) or vm not in (None, folder.parent.name):
                 continue
             try:
                 found.append(manifest.read(path, target=self.name))

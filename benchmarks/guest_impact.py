@@ -1,0 +1,126 @@
+"""`make bench`: what a backup costs the guest, side by side in one run. Prints ratios; trust those, not the times.
+
+1. How long the guest is paused for the snapshot of two disks, idle and writing all the time.
+2. Backup to a target limited to 5 MB/s, of two disks of different size: with fleecing; with fleecing but without
+   holding the jobs still while QEMU's graph changes; without fleecing.
+"""
+
+import asyncio
+import contextlib
+import statistics
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from rich.table import Table
+
+from benchmarks import demo, slow_target
+from orchestrator import config, log
+from orchestrator.cli import render
+from orchestrator.cli.main import run_async
+from orchestrator.fleecing.quiet import Quiet
+from orchestrator.model import Fleecing, RunOptions
+from orchestrator.qemu import commands
+from orchestrator.service import engine
+from tests.guest import sequence
+from tests.guest.vm import MIB, DiskSpec, GuestVm, Workload
+
+PAUSES = 20
+SECONDS = 15
+DISKS = (DiskSpec("vda", 24 * MIB, iothread=True), DiskSpec("vdb", 48 * MIB, iothread=True))
+BUSY = Workload("sequence", rate=2000)
+
+
+async def main() -> int:
+    """Both parts."""
+    log.configure(log_format="console", level="critical")
+    await pauses()
+    await slow()
+    return 0
+
+
+@contextlib.asynccontextmanager
+async def bed(workload: Workload) -> AsyncIterator[tuple[GuestVm, engine.Engine]]:
+    """A guest whose disks are full of data, and an engine that backs it up to a slow target."""
+    with tempfile.TemporaryDirectory(prefix="vmfleece-bench-") as name:
+        folder = Path(name)
+        limit = slow_target.qemu_arguments(demo.TARGET_BYTES_PER_SECOND)
+        async with GuestVm(folder / "vm", DISKS, workload, extra_args=limit) as vm:
+            await vm.wait_ready()
+            if workload.kind != "idle":
+                total = sum(disk.size_bytes for disk in DISKS)
+                await vm.wait_writes(2 * total // sequence.RECORD, 120)
+            file = folder / "vmfleece.toml"
+            file.write_text(demo.CONFIG.format(folder=folder, socket=vm.product_socket))
+            async with engine.opened(config.load(file), connect=slow_target.connect) as opened:
+                yield vm, opened
+
+
+async def pauses() -> None:
+    """Part 1."""
+    table = Table("GUEST", "SNAPSHOTS", "PAUSED, MEDIAN", "PAUSED, MOST")
+    for name, workload in (("idle", Workload("idle")), ("writing all the time", BUSY)):
+        async with bed(workload) as (_, opened):
+            measured: list[float] = []
+            for _ in range(PAUSES):
+                # It is cancelled once the snapshot is taken: only the pause is wanted.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(1.0):
+                        await opened.back_up("demo", options(fleecing=True), on_progress=lambda _: None)
+            results = opened.catalogue.results("demo")
+            measured = [result["pause_ms"] for result in results if result["pause_ms"] is not None]
+            table.add_row(
+                name, str(len(measured)), f"{statistics.median(measured):.1f} ms", f"{max(measured):.1f} ms"
+            )
+    render.print_table(table)
+
+
+async def slow() -> None:
+    """Part 2."""
+    phases = []
+    async with bed(BUSY) as (vm, opened):
+        meter = demo.Meter(vm)
+        await meter.start()
+        await asyncio.sleep(SECONDS)
+        phases.append(await meter.read("guest alone"))
+        for name, fleecing, quiet in (
+            ("with fleecing", True, True),
+            ("with fleecing, jobs not held still", True, False),
+            ("without fleecing", False, True),
+        ):
+            with contextlib.ExitStack() as changes:
+                if not quiet:
+                    changes.enter_context(without_quiet())
+                await meter.start()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(SECONDS):
+                        await opened.back_up("demo", options(fleecing=fleecing), on_progress=lambda _: None)
+                phases.append(await meter.read(name))
+    demo.print_table(phases)
+
+
+def options(*, fleecing: bool) -> RunOptions:
+    """A backup to the slow target."""
+    return RunOptions("slow", Fleecing(storage="local") if fleecing else Fleecing(enabled=False))
+
+
+@contextlib.contextmanager
+def without_quiet() -> "contextlib.AbstractContextManager[None]":
+    """As if `fleecing.quiet` and the limit of requests in flight did not exist."""
+
+    @contextlib.asynccontextmanager
+    async def changing_graph(_self: Quiet) -> AsyncIterator[None]:
+        yield
+
+    kept = Quiet.changing_graph, commands.WORKERS
+    Quiet.changing_graph = changing_graph
+    commands.WORKERS = 64
+    try:
+        yield
+    finally:
+        Quiet.changing_graph, commands.WORKERS = kept
+
+
+if __name__ == "__main__":
+    sys.exit(run_async(main()))
