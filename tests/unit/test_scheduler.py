@@ -9,6 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from orchestrator.config import JobSettings
+from orchestrator.errors import StateError
 from orchestrator.model import Fleecing, RunOptions
 from orchestrator.service import scheduler
 from orchestrator.state.catalogue import Catalogue
@@ -160,6 +161,24 @@ async def test_a_turn_is_remembered_before_it_is_taken(
     with pytest.raises(asyncio.CancelledError):
         await scheduler.serve(job(), killed, catalogue)
     assert seen == [at(14)]
+
+
+async def test_a_job_that_cannot_go_on_is_said_so_and_taken_again_at_its_next_turn(
+    monkeypatch: pytest.MonkeyPatch, catalogue: Catalogue
+) -> None:
+    clock = Clock(monkeypatch, at(15, day=23))
+
+    async def failing(name: str) -> None:
+        await clock.run(name)
+        if len(clock.runs) == 1:
+            raise StateError("no space left", code="state-unusable")
+
+    with capture_logs() as lines, pytest.raises(asyncio.CancelledError):
+        await scheduler.serve(job(), failing, catalogue)
+    assert clock.runs == [at(14), at(14, day=23)]
+    assert [(line["code"], line["error"]) for line in lines if line["event"] == "job.failed"] == [
+        ("state-unusable", "no space left")
+    ]
 
 
 async def test_the_randomized_delay_comes_on_top(monkeypatch: pytest.MonkeyPatch, catalogue: Catalogue) -> None:
