@@ -92,7 +92,7 @@ def _text(progress: model.Progress, copying_seconds: float) -> str:
 
 def result_lines(result: RunResult) -> list[str]:
     """How a run ended, for people."""
-    paused = f", guest paused {result.pause_ms:.1f} ms" if result.pause_ms is not None else ""
+    paused = f", guest held {result.pause_ms:.1f} ms" if result.pause_ms is not None else ""
     if result.error is not None:
         return [f"{result.vm}: {result.outcome} after {result.duration_seconds:.1f} s{paused}"]
     copied = sum(disk.copied_bytes for disk in result.disks)

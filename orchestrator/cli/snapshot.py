@@ -49,7 +49,7 @@ async def show(config: Config, arguments: argparse.Namespace) -> int:
     render.print_line(f"{snapshot.id} on target {snapshot.target}")
     render.print_line(f"taken {_local(snapshot.created)}, {snapshot.kind}, by run {details.get('run')}")
     if details.get("pause_ms") is not None:
-        render.print_line(f"guest paused {details['pause_ms']:.1f} ms")
+        render.print_line(f"guest held {details['pause_ms']:.1f} ms")
     table = Table("DISK", "SIZE", "STORED", "SHA-256", box=None, pad_edge=False)
     for disk in snapshot.disks:
         table.add_row(disk.disk, format_size(disk.size_bytes), format_size(disk.stored_bytes), disk.sha256)
