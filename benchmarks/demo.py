@@ -131,7 +131,7 @@ async def show(vm: GuestVm, opened: engine.Engine, folder: Path) -> int:
         say(line)
     say_latency(fleecing)
 
-    say(f"\n3. vmfleece backup demo --fleecing enabled=0   (directly to that target, for {DIRECT_SECONDS} s)")
+    say(f"\n3. vmfleece backup demo --fleecing enabled=0   (directly to that target, {DIRECT_SECONDS} s at most)")
     await meter.start()
     await direct_backup(opened)
     direct = await meter.read("backup without fleecing")
@@ -171,6 +171,8 @@ async def direct_backup(opened: engine.Engine) -> None:
             result = await opened.back_up("demo", RunOptions("slow", Fleecing(enabled=False)), on_progress=silent)
             if result.error is not None:
                 say(f"   it failed: {result.error.message}")
+            for line in result_lines(result):
+                say(f"   {line}")
             return
     say("   ended by us; the guest's disks are on their own nodes again")
 
