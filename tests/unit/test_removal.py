@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.fleecing.graph import Filter, insertion, nodes_below, removal
+from orchestrator.fleecing.graph import Filter, insertion, nodes_below, preparation, removal
 from orchestrator.fleecing.names import DISMANTLING, FLEECING, DiskNames, role_of, run_of, run_prefix
 from orchestrator.model import Disk
 from orchestrator.qemu.commands import Command
@@ -29,7 +29,14 @@ def words(commands: list[Command]) -> list[str]:
     found = []
     for command in commands:
         said = command.arguments
-        about = said.get("node-name") or f"{said['path'].rpartition('/')[2]} on {said['value']}"
+        match command.name:
+            case "qom-set":
+                about = f"{said['path'].rpartition('/')[2]} on {said['value']}"
+            case "blockdev-reopen":
+                (options,) = said["options"]
+                about = f"{options['node-name']} on {options['file']}"
+            case _:
+                about = said["node-name"]
         found.append(f"{command.name} {about}".replace(PREFIX, ""))
     return found
 
@@ -48,6 +55,21 @@ def test_filters_go_in_before_devices_are_put_on_them_and_snapshots_last() -> No
         "blockdev-add 0-snap",
         "blockdev-add 1-snap",
     ]
+
+
+def test_devices_are_put_on_gates_before_any_filter_is_there() -> None:
+    filters = [fleeced(0, "vda"), fleeced(1, "vdb")]
+    commands = preparation(filters, cbw_timeout_seconds=7)
+    assert words(commands) == [
+        "blockdev-add 0-gate",
+        "blockdev-add 1-gate",
+        "qom-set vda on 0-gate",
+        "qom-set vdb on 1-gate",
+        "blockdev-add 0-cbw",
+        "blockdev-add 1-cbw",
+    ]
+    assert commands[0].arguments == {"driver": "raw", "node-name": names(0).gate, "file": "drive-vda"}
+    assert commands[4:] == insertion(filters, cbw_timeout_seconds=7)[:2]
 
 
 def test_a_filter_breaks_the_backup_never_the_guest() -> None:
@@ -104,59 +126,99 @@ def graph_of(*edges: tuple[str, str, str]) -> dict[str, Any]:
     }
 
 
-def our_nodes(number: int) -> list[dict[str, Any]]:
-    return [{"node-name": names(number).prefix + role} for role in reversed(DISMANTLING)]
+def our_nodes(number: int, *roles: str) -> list[dict[str, Any]]:
+    return [{"node-name": names(number).prefix + role} for role in reversed(roles or DISMANTLING)]
 
 
 FOREIGN = [{"node-name": name} for name in ("drive-vda", "#block123", "vmf-ffffffff-0-cbw", "vmfx")]
-GRAPH = graph_of(
-    ("/machine/peripheral/vda/virtio-backend", "root", names(0).cbw),
+OPEN = graph_of(
+    (names(0).gate, "file", "drive-vda"),
     (names(0).cbw, "file", "drive-vda"),
     (names(0).cbw, "target", names(0).image),
+    (names(1).gate, "file", "#block7"),
     (names(1).cbw, "file", "#block7"),
     ("drive-vda", "file", "#block1"),
 )
+"""The gates let everything through to the disks."""
+FILTERING = graph_of(
+    ("/machine/peripheral/vda/virtio-backend", "root", names(0).gate),
+    (names(0).gate, "file", names(0).cbw),
+    (names(0).cbw, "file", "drive-vda"),
+    (names(0).cbw, "target", names(0).image),
+    (names(1).gate, "file", names(1).cbw),
+    (names(1).cbw, "file", "#block7"),
+    ("drive-vda", "file", "#block1"),
+)
+"""The gates lead to the filters: the point in time is taken."""
 
 
 def taken_out(
-    nodes: list[dict[str, Any]], block: list[dict[str, Any]], roles: tuple[str, ...] = DISMANTLING
+    nodes: list[dict[str, Any]],
+    block: list[dict[str, Any]],
+    roles: tuple[str, ...] = DISMANTLING,
+    graph: dict[str, Any] = FILTERING,
 ) -> list[str]:
-    return words(removal(PREFIX, roles=roles, nodes=nodes, block=block, graph=GRAPH))
+    return words(removal(PREFIX, roles=roles, nodes=nodes, block=block, graph=graph))
+
+
+REST = [f"blockdev-del 0-{role}" for role in ("img", "grant", "file", "target", "tfile")]
 
 
 def test_everything_of_a_disk_goes_parents_first() -> None:
-    block = [block_entry("/machine/peripheral/vda/virtio-backend", names().cbw)]
+    block = [block_entry("/machine/peripheral/vda/virtio-backend", names().gate)]
     assert taken_out(our_nodes(0) + FOREIGN, block) == [
+        "blockdev-del 0-snap",
+        "blockdev-reopen 0-gate on drive-vda",
+        "qom-set vda on drive-vda",
+        "blockdev-del 0-gate",
+        "blockdev-del 0-cbw",
+        *REST,
+    ]
+
+
+def test_a_gate_that_leads_to_the_disk_just_goes() -> None:
+    block = [block_entry("/machine/peripheral/vda/virtio-backend", names().gate)]
+    assert taken_out(our_nodes(0), block, graph=OPEN) == [
+        "blockdev-del 0-snap",
+        "qom-set vda on drive-vda",
+        "blockdev-del 0-gate",
+        "blockdev-del 0-cbw",
+        *REST,
+    ]
+
+
+def test_without_gates_the_device_comes_off_the_filter() -> None:
+    block = [block_entry("/machine/peripheral/vda/virtio-backend", names().cbw)]
+    left = our_nodes(0, *(role for role in DISMANTLING if role != "gate"))
+    assert taken_out(left, block) == [
         "blockdev-del 0-snap",
         "qom-set vda on drive-vda",
         "blockdev-del 0-cbw",
-        "blockdev-del 0-img",
-        "blockdev-del 0-grant",
-        "blockdev-del 0-file",
-        "blockdev-del 0-target",
-        "blockdev-del 0-tfile",
+        *REST,
     ]
 
 
 def test_only_the_asked_roles_go() -> None:
-    assert taken_out(our_nodes(0), [], FLEECING) == [f"blockdev-del 0-{role}" for role in FLEECING]
+    out = taken_out(our_nodes(0), [], FLEECING, OPEN)
+    assert out == [f"blockdev-del 0-{role}" for role in ("snap", "gate", "cbw", "img", "grant", "file")]
 
 
-def test_each_device_gets_the_node_below_its_own_filter() -> None:
+@pytest.mark.parametrize("role", ["gate", "cbw"])
+def test_each_device_gets_the_node_below_its_own_filter(role: str) -> None:
     block = [
-        block_entry("/machine/peripheral/vda/virtio-backend", names(0).cbw),
-        block_entry("vdb", names(1).cbw),
+        block_entry("/machine/peripheral/vda/virtio-backend", names(0).prefix + role),
+        block_entry("vdb", names(1).prefix + role),
         block_entry("vdc", "drive-vdc"),
     ]
-    out = taken_out([{"node-name": names(number).cbw} for number in (1, 0)], block)
+    out = taken_out(our_nodes(1, role) + our_nodes(0, role), block, graph=OPEN)
     assert sorted(out) == [
-        "blockdev-del 0-cbw",
-        "blockdev-del 1-cbw",
+        f"blockdev-del 0-{role}",
+        f"blockdev-del 1-{role}",
         "qom-set vda on drive-vda",
         "qom-set vdb on #block7",
     ]
     for number, device in ((0, "vda on drive-vda"), (1, "vdb on #block7")):
-        assert out.index(f"qom-set {device}") < out.index(f"blockdev-del {number}-cbw")
+        assert out.index(f"qom-set {device}") < out.index(f"blockdev-del {number}-{role}")
 
 
 @pytest.mark.parametrize("nodes", [[], FOREIGN, [{"node-name": f"vmf-{RUN}0-0-cbw"}]])
@@ -164,25 +226,33 @@ def test_what_is_not_of_this_run_stays(nodes: list[dict[str, Any]]) -> None:
     assert taken_out(nodes, [block_entry("vda", "drive-vda")]) == []
 
 
-def test_a_filter_that_no_device_is_on_any_more_just_goes() -> None:
-    assert taken_out([{"node-name": names().cbw}], [block_entry("vda", "drive-vda")]) == ["blockdev-del 0-cbw"]
-
-
-@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(DISMANTLING)), unique=True).flatmap(st.permutations))
-def test_whatever_is_left_in_whatever_order_parents_go_first(left: list[tuple[int, str]]) -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.sampled_from(DISMANTLING)), unique=True).flatmap(st.permutations),
+    st.sampled_from(["gate", "cbw", "drive"]),
+)
+def test_whatever_is_left_in_whatever_order_parents_go_first(left: list[tuple[int, str]], under: str) -> None:
     nodes = [{"node-name": names(number).prefix + role} for number, role in left]
-    out = [
-        command.arguments["node-name"]
-        for command in removal(PREFIX, roles=DISMANTLING, nodes=nodes, block=[], graph=GRAPH)
-    ]
-    assert sorted(out) == sorted(node["node-name"] for node in nodes)
-    ranks = [DISMANTLING.index(role_of(node)) for node in out]
+    both = {number for number in (0, 1) if {(number, "gate"), (number, "cbw")} <= set(left)}
+    graph = FILTERING if both == {0, 1} else OPEN
+    block = [block_entry(f"vd{number}", names(number).prefix + under) for number in (0, 1)]
+    out = taken_out(nodes, block, graph=graph)
+    deleted = [one.removeprefix("blockdev-del ") for one in out if one.startswith("blockdev-del")]
+    assert sorted(deleted) == sorted(f"{number}-{role}" for number, role in left)
+    ranks = [DISMANTLING.index(role_of(node)) for node in deleted]
     assert ranks == sorted(ranks)
+    assert [one for one in out if one.startswith("qom-set")] == [
+        f"qom-set vd{number} on {('drive-vda', '#block7')[number]}"
+        for node in deleted
+        for number in (int(node[0]),)
+        if role_of(node) == under
+    ]
 
 
 def test_nodes_below_follows_file_edges_only() -> None:
-    assert nodes_below(GRAPH) == {
+    assert nodes_below(FILTERING) == {
+        names(0).gate: names(0).cbw,
         names(0).cbw: "drive-vda",
+        names(1).gate: names(1).cbw,
         names(1).cbw: "#block7",
         "drive-vda": "#block1",
     }
@@ -195,9 +265,9 @@ def test_nodes_below_follows_file_edges_only() -> None:
 def test_names_fit_qemu_and_tell_what_they_are(number: int) -> None:
     run = new_run_id()
     one = DiskNames(run, number)
-    nodes = [one.snapshot, one.cbw, one.image, one.grant, one.file, one.target, one.target_file]
+    nodes = [one.snapshot, one.gate, one.cbw, one.image, one.grant, one.file, one.target, one.target_file]
     assert [role_of(node) for node in nodes] == list(DISMANTLING)
-    assert len({*nodes, one.job}) == 8
+    assert len({*nodes, one.job}) == len(nodes) + 1
     for name in (*nodes, one.job):
         assert len(name) <= 31
         assert name.startswith(run_prefix(run))
