@@ -111,10 +111,13 @@ async def our_jobs(vm: GuestVm) -> list[str]:
     return [job["id"] for job in await vm.execute("query-jobs") if job["id"].startswith("vmf-")]
 
 
-async def until_jobs_run(vm: GuestVm, *, deadline_seconds: float = 60) -> None:
-    """Wait until the product has started its jobs."""
+async def until_jobs_run(
+    vm: GuestVm, process: asyncio.subprocess.Process | None = None, *, deadline_seconds: float = 60
+) -> None:
+    """Wait until the product, in that process if one is given, has started its jobs."""
     async with asyncio.timeout(deadline_seconds):
         while not await our_jobs(vm):
+            assert process is None or process.returncode is None, await said(process)
             await asyncio.sleep(TICK_SECONDS)
 
 
