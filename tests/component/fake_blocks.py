@@ -39,6 +39,7 @@ class Node:
     saved: set[int] = field(default_factory=set)
     released: set[int] = field(default_factory=set)
     broken: bool = False
+    used: bool = False
 
     @property
     def image_bytes(self) -> int:

@@ -58,6 +58,9 @@ class FakeQemu:
         self.before: Callable[[Command], None] = lambda _command: None
         self.target_error: str | None = None
         self.flush_error: str | None = None
+        self.writes = 0
+        self.moments: dict[str, tuple[int, bytes]] = {}
+        """By disk: how many writes there had been, and its content, when it got its filter last."""
         self._numbers = itertools.count(1)
         for disk, content in disks.items():
             self.add_disk(disk, content, image=image)
@@ -94,20 +97,23 @@ class FakeQemu:
         """Let the guest write through whatever its device is on."""
         assert self.running, "a paused guest does not write"
         device = self.devices[disk]
-        node = self.nodes[device.node]
         base = self._base(device.node)
         assert base.content is not None
-        if node.driver == "copy-before-write":
+        filtered = self._filter_under(device.node)
+        if filtered is not None:
             for at in clusters(offset, len(data)):
-                self._copy_before_write(node, at, bytes(base.content[at * CLUSTER : (at + 1) * CLUSTER]))
+                self._copy_before_write(filtered, at, bytes(base.content[at * CLUSTER : (at + 1) * CLUSTER]))
+        self.writes += 1
         base.content[offset : offset + len(data)] = data
 
     def break_snapshot(self, disk: str) -> None:
         """Break the disk's snapshot, as a copy that took longer than cbw-timeout does."""
-        self.nodes[self.devices[disk].node].broken = True
+        filtered = self._filter_under(self.devices[disk].node)
+        assert filtered is not None
+        filtered.broken = True
 
     def user(self, name: str, **arguments: object) -> Any:
-        """Have somebody else, on a monitor of their own, execute a command."""
+        """Have somebody else, on a monitor of their own, execute a command (`pause`: a stop that goes well)."""
         return getattr(self, "_" + name.replace("-", "_"))(arguments)
 
     def start_foreign_job(self, name: str) -> None:
@@ -259,6 +265,11 @@ class FakeQemu:
         ]
 
     def _stop(self, _arguments: Any) -> Any:
+        if self.running and self.discard_source:
+            raise QemuWouldDie("a stop can lose an interrupt, and the guest's disk hangs")
+        return self._pause({})
+
+    def _pause(self, _arguments: Any) -> Any:
         if self.running:
             self.status = "paused"
             self.emit("STOP")
@@ -276,14 +287,31 @@ class FakeQemu:
             raise CommandFailed("qom-set", f"Device '{arguments['path']}' not found")
         node = self._node("qom-set", arguments["value"])
         old = self.nodes[device.node]
-        if self.running and (node.driver in FILTERS or not self.discard_source):
+        if self.running and not self.discard_source:
             raise QemuWouldDie("a device changes its node while the guest runs")
+        if self.running and self._filter_under(node.name) is not None:
+            raise QemuWouldDie("disks get their filters one by one: that is no point in time")
         if not (node.name.startswith(PREFIX) or old.name.startswith(PREFIX)):
             raise QemuWouldDie("a device is moved from and to somebody else's node")
-        if any(one.driver == "snapshot-access" for one in self._parents(old.name)):
-            raise CommandFailed("qom-set", f"Permission conflict on node '{node.name}'")
+        self._check_way_back("qom-set", old.name, node.name)
         device.node = node.name
+        self._note_moments()
         return {}
+
+    def _check_way_back(self, command: str, old: str, new: str) -> None:
+        filtered = self._filter_under(old)
+        if filtered is None or filtered is self._filter_under(new):
+            return
+        if any(one.driver == "snapshot-access" for one in self._parents(filtered.name)):
+            raise CommandFailed(command, f"Permission conflict on node '{new}'")
+
+    def _note_moments(self) -> None:
+        """Remember the point in time of each disk whose filter begins to work."""
+        for device in self.devices.values():
+            filtered = self._filter_under(device.node)
+            if filtered is not None and not filtered.used:
+                filtered.used = True
+                self.moments[device.id] = (self.writes, self.content(device.id))
 
     def _blockdev_add(self, arguments: Any) -> Any:
         name, driver = arguments["node-name"], arguments["driver"]
@@ -291,7 +319,7 @@ class FakeQemu:
             raise CommandFailed("blockdev-add", "Invalid node-name")
         if name in self.nodes:
             raise CommandFailed("blockdev-add", f"Duplicate nodes with node-name='{name}'")
-        if driver in FILTERS and self.running:
+        if driver in FILTERS and self.running and not self.discard_source:
             raise QemuWouldDie(f"a {driver} node is added while the guest runs")
         children = {role: arguments[role] for role in ("file", "target") if role in arguments}
         for child in children.values():
@@ -327,18 +355,30 @@ class FakeQemu:
         return {}
 
     def _blockdev_reopen(self, arguments: Any) -> Any:
-        (options,) = arguments["options"]
+        changes = [(self._reopened(options), options) for options in arguments["options"]]
+        for node, options in changes:
+            if node.driver == "qcow2":
+                self._write_out(node)
+            node.options = dict(options)
+            node.children["file"] = options["file"]
+        self._note_moments()
+        return {}
+
+    def _reopened(self, options: Any) -> Node:
+        """The node to be reopened. Raises CommandFailed if QEMU would not."""
         node = self._node("blockdev-reopen", options["node-name"])
-        if options["driver"] != node.driver or options.get("file") != node.children.get("file"):
+        self._node("blockdev-reopen", options["file"])
+        is_gate = node.driver == "raw" and "size" not in node.options
+        moved = options["file"] != node.children.get("file")
+        if options["driver"] != node.driver or (moved and not is_gate):
             raise CommandFailed("blockdev-reopen", "Cannot change the option 'driver' or 'file'")
         if node.driver == "raw" and not self.discard_source:
-            raise QemuWouldDie("a grant is changed on a QEMU that does not survive it")
-        if node.driver == "qcow2":
-            if self.flush_error:
-                raise CommandFailed("blockdev-reopen", f"Could not flush: {self.flush_error}")
-            self._write_out(node)
-        node.options = dict(options)
-        return {}
+            raise QemuWouldDie("a node is changed on a QEMU that does not survive it")
+        if is_gate:
+            self._check_way_back("blockdev-reopen", node.name, options["file"])
+        if node.driver == "qcow2" and self.flush_error:
+            raise CommandFailed("blockdev-reopen", f"Could not flush: {self.flush_error}")
+        return node
 
     def _block_set_write_threshold(self, arguments: Any) -> Any:
         node = self._node("block-set-write-threshold", arguments["node-name"])
@@ -561,6 +601,15 @@ class FakeQemu:
     def _base(self, name: str) -> Node:
         node = self.nodes[name]
         while node.content is None and "file" in node.children:
+            node = self.nodes[node.children["file"]]
+        return node
+
+    def _filter_under(self, name: str) -> Node | None:
+        """The filter that a write to this node passes, if there is one."""
+        node = self.nodes[name]
+        while node.driver != "copy-before-write":
+            if node.content is not None or "file" not in node.children:
+                return None
             node = self.nodes[node.children["file"]]
         return node
 

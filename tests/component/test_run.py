@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from itertools import pairwise
 
+import pytest
+
 from orchestrator.model import Fleecing, FleecingPolicy, Outcome, Phase, RunResult, Vm
 from orchestrator.qemu.commands import Command
 from tests.component.fake_blocks import CLUSTER, Job
@@ -28,7 +30,7 @@ def writing_guest(world: World) -> Callable[[Job], None]:
     """A guest that overwrites both ends of its disks while they are copied."""
 
     def write(_job: Job) -> None:
-        for disk, content in world.expected.items():
+        for disk, content in world.first.items():
             last = len(content) // CLUSTER
             overwrite(world.qemu, disk, range(3))
             overwrite(world.qemu, disk, range(last - 3, last))
@@ -42,6 +44,11 @@ def wire(world: World) -> list[str]:
     found = []
     for command in world.qemu.executed:
         if command.name.startswith(("query-", "x-debug")):
+            continue
+        options = command.arguments.get("options", ())
+        if options:
+            about = " ".join(f"{one['node-name']}={one['file']}" for one in options)
+            found.append(f"{command.name} {about}")
             continue
         about = next((str(command.arguments[key]) for key in keys if key in command.arguments), "")
         found.append(f"{command.name} {about}".strip())
@@ -58,7 +65,7 @@ async def test_fleecing_copies_the_point_in_time_while_the_guest_writes(make: Ma
     world.qemu.during_copy = writing_guest(world)
     result = succeeded(await world.back_up())
     world.assert_copied(result.snapshot)
-    assert all(world.qemu.content(disk) != content for disk, content in world.expected.items())
+    assert all(world.qemu.content(disk) != content for disk, content in world.first.items())
     await world.assert_nothing_is_left(before)
 
 
@@ -93,12 +100,31 @@ async def test_the_snapshot_records_its_run(make: Make) -> None:
     assert [disk["disk"] for disk in snapshot.details["disks"]] == ["vda", "vdb"]
 
 
-async def test_between_stop_and_cont_only_filters_go_in_and_in_this_order(make: Make) -> None:
+async def test_all_filters_go_in_at_once_while_the_guest_runs(make: Make) -> None:
     world = make()
     succeeded(await world.back_up())
     commands = wire(world)
-    assert commands.count("stop") == commands.count("cont") == 1
-    assert between(commands, "stop", "cont") == [
+    prefix = f"vmf-{RUN}"
+    assert not {"stop", "cont"} & set(commands)
+    first = commands.index(f"blockdev-add {prefix}-0-gate")
+    assert commands[first : first + 10] == [
+        f"blockdev-add {prefix}-0-gate",
+        f"blockdev-add {prefix}-1-gate",
+        "qom-set /machine/peripheral/vda",
+        "qom-set /machine/peripheral/vdb",
+        f"blockdev-add {prefix}-0-cbw",
+        f"blockdev-add {prefix}-1-cbw",
+        f"blockdev-reopen {prefix}-0-gate={prefix}-0-cbw {prefix}-1-gate={prefix}-1-cbw",
+        f"blockdev-add {prefix}-0-snap",
+        f"blockdev-add {prefix}-1-snap",
+        "transaction",
+    ]
+
+
+async def test_between_stop_and_cont_only_filters_go_in_and_in_this_order(make: Make) -> None:
+    world = make(discard_source=False)
+    succeeded(await world.back_up())
+    assert between(wire(world), "stop", "cont") == [
         f"blockdev-add vmf-{RUN}-0-cbw",
         f"blockdev-add vmf-{RUN}-1-cbw",
         "qom-set /machine/peripheral/vda",
@@ -110,21 +136,47 @@ async def test_between_stop_and_cont_only_filters_go_in_and_in_this_order(make: 
 
 async def test_each_disk_is_taken_out_in_the_order_that_qemu_survives(make: Make) -> None:
     world = make(disks={"vda": MIB})
+    own = world.qemu.devices["vda"].own_node
     succeeded(await world.back_up())
     commands = wire(world)
     prefix = f"vmf-{RUN}-0"
     assert commands[commands.index(f"job-dismiss {prefix}-copy") :] == [
         f"job-dismiss {prefix}-copy",
         f"blockdev-del {prefix}-snap",
+        f"blockdev-reopen {prefix}-gate={own}",
         "qom-set /machine/peripheral/vda",
+        f"blockdev-del {prefix}-gate",
         f"blockdev-del {prefix}-cbw",
         f"blockdev-del {prefix}-img",
         f"blockdev-del {prefix}-grant",
         f"blockdev-del {prefix}-file",
-        "blockdev-reopen",
+        f"blockdev-reopen {prefix}-target={prefix}-tfile",
         f"blockdev-del {prefix}-target",
         f"blockdev-del {prefix}-tfile",
     ]
+
+
+@pytest.mark.parametrize("discard_source", [True, False])
+@pytest.mark.parametrize("fleecing", [Fleecing(storage="local"), DIRECT], ids=["fleecing", "direct"])
+async def test_all_disks_are_of_one_moment_however_busy_the_guest(
+    make: Make, before: list[str], fleecing: Fleecing, discard_source: bool
+) -> None:
+    world = make(disks={"vda": 2 * MIB, "vdb": MIB, "vdc": MIB}, discard_source=discard_source)
+    world.qemu.pace = 1
+    world.qemu.before = lambda _command: scatter(world)
+    world.qemu.during_copy = lambda _job: scatter(world)
+    result = succeeded(await world.back_up(fleecing=fleecing))
+    world.assert_copied(result.snapshot)
+    assert world.qemu.writes > 300
+    await world.assert_nothing_is_left(before)
+
+
+def scatter(world: World) -> None:
+    """Let the guest write somewhere else on each disk each time."""
+    if world.qemu.running:
+        for disk, content in world.first.items():
+            at = world.qemu.writes * 7 * CLUSTER % len(content)
+            world.qemu.guest_writes(disk, at, f"{world.qemu.writes}".encode())
 
 
 async def test_without_fleecing_old_data_goes_to_the_target(make: Make, before: list[str]) -> None:
@@ -185,7 +237,7 @@ async def test_a_paused_vm_stays_paused(make: Make, before: list[str]) -> None:
 async def test_a_vm_that_was_paused_while_it_was_copied_stays_paused(make: Make, before: list[str]) -> None:
     world = make()
     world.qemu.pace = 1
-    world.qemu.during_copy = lambda _job: world.qemu.user("stop")
+    world.qemu.during_copy = lambda _job: world.qemu.user("pause")
     result = succeeded(await world.back_up())
     world.assert_copied(result.snapshot)
     await world.assert_nothing_is_left(before, status="paused")
@@ -215,7 +267,7 @@ async def test_without_discard_source_everything_goes_out_while_paused(make: Mak
 async def test_a_vm_paused_while_copied_stays_paused_without_discard_source(make: Make, before: list[str]) -> None:
     world = make(discard_source=False)
     world.qemu.pace = 1
-    world.qemu.during_copy = lambda _job: world.qemu.user("stop")
+    world.qemu.during_copy = lambda _job: world.qemu.user("pause")
     succeeded(await world.back_up())
     await world.assert_nothing_is_left(before, status="paused")
 
@@ -258,7 +310,6 @@ async def test_a_second_run_follows_the_first_on_the_same_vm(make: Make, before:
     world = make()
     first = succeeded(await world.back_up(run="00000001"))
     overwrite(world.qemu, "vda", range(4))
-    world.expected = {disk: world.qemu.content(disk) for disk in world.expected}
     second = succeeded(await world.back_up(run="00000002"))
     world.assert_copied(second.snapshot)
     assert first.snapshot != second.snapshot

@@ -60,7 +60,7 @@ class Shape:
             nonlocal written
             if job.position % 4 == 0 and world.qemu.running and written < 40:
                 written += 1
-                last = len(world.expected["vda"]) // CLUSTER
+                last = len(world.first["vda"]) // CLUSTER
                 world.qemu.guest_writes("vda", (last - written) * CLUSTER, b"new")
 
         return write
@@ -69,7 +69,7 @@ class Shape:
 def _writing_guest(world: World) -> Callable[[Job], None]:
     def write(_job: Job) -> None:
         if world.qemu.running:
-            for disk, content in world.expected.items():
+            for disk, content in world.first.items():
                 world.qemu.guest_writes(disk, 0, b"new")
                 world.qemu.guest_writes(disk, len(content) - 100, b"new")
 

@@ -39,7 +39,7 @@ def pattern(disk: str, size: int) -> bytes:
 
 @dataclass
 class World:
-    """Everything around one VM. `expected` is each disk's content at its point in time."""
+    """Everything around one VM. `first` is each disk's content when the test began."""
 
     folder: Path
     qemu: FakeQemu
@@ -49,7 +49,7 @@ class World:
     host: FakeHost
     is_ours: Callable[[str], bool] = lambda run: run in (RUN, OTHER_RUN)
     vm: Vm = field(default_factory=lambda: Vm("web01", SOCKET))
-    expected: dict[str, bytes] = field(default_factory=dict)
+    first: dict[str, bytes] = field(default_factory=dict)
     progress: list[Progress] = field(default_factory=list)
     cancelled: list[RunResult] = field(default_factory=list)
 
@@ -113,10 +113,14 @@ class World:
         return self.folder / "target"
 
     def assert_copied(self, snapshot: str | None) -> None:
-        """The snapshot holds each disk's content at its point in time."""
+        """The snapshot holds all disks as they were at one and the same moment."""
         assert snapshot is not None
-        for disk, content in self.expected.items():
-            assert self.fake_target.contents[snapshot, disk] == content
+        moments = self.qemu.moments
+        assert len({writes for writes, _ in moments.values()}) == 1
+        found = {disk: content for (id_, disk), content in self.fake_target.contents.items() if id_ == snapshot}
+        assert found.keys() == moments.keys()
+        for disk, (_, content) in moments.items():
+            assert found[disk] == content
 
 
 def make_world(
@@ -141,7 +145,7 @@ def make_world(
         storages=storages,
         controller=Controller(storages, max_runs=None, target_max_runs={"main": None}),
         host=FakeHost({SOCKET: qemu}),
-        expected=contents,
+        first=contents,
     )
 
 
