@@ -24,7 +24,7 @@ class Display:
         if sys.stdout.isatty():
             self._bars = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=16),
                 TextColumn("{task.fields[text]}"),
                 console=Console(highlight=False),
             )
@@ -48,7 +48,7 @@ class Display:
         now = time.monotonic()
         if progress.phase is Phase.COPYING:
             self._copying_since.setdefault(progress.run, now)
-        text = _text(progress, now - self._copying_since.get(progress.run, now))
+        text = _text(progress, now - self._copying_since.get(progress.run, now), short=self._bars is not None)
         if self._bars is not None:
             self._update_bar(self._bars, progress, text)
             return
@@ -72,7 +72,7 @@ def _totals(progress: model.Progress) -> tuple[int, int]:
     )
 
 
-def _text(progress: model.Progress, copying_seconds: float) -> str:
+def _text(progress: model.Progress, copying_seconds: float, *, short: bool) -> str:
     if progress.phase is Phase.QUEUED and progress.waits_for:
         return f"waits for {progress.waits_for}"
     if progress.phase is not Phase.COPYING:
@@ -81,13 +81,14 @@ def _text(progress: model.Progress, copying_seconds: float) -> str:
     rate = copied / copying_seconds if copying_seconds > 0.5 else 0
     fleecing = sum(disk.fleecing_bytes for disk in progress.disks)
     granted = sum(disk.grant_bytes for disk in progress.disks)
-    text = f"{100 * copied // size if size else 100}% ({format_size(copied)} of {format_size(size)})"
-    text += f" in {copying_seconds:.0f}s"
-    if rate:
-        text += f", {format_size(int(rate))}/s"
-    if granted:
-        text += f", fleecing {format_size(fleecing)} of {format_size(granted)}"
-    return text
+    share = f"{100 * copied // size if size else 100}%"
+    speed = f", {format_size(int(rate))}/s" if rate else ""
+    held = f", fleecing {format_size(fleecing)}" if granted else ""
+    if short:  # beside a bar, on one line of 80 columns
+        return f"{share}{speed}{held}"
+    of_granted = f" of {format_size(granted)}" if granted else ""
+    copied_of = f"{format_size(copied)} of {format_size(size)}"
+    return f"{share} ({copied_of}) in {copying_seconds:.0f}s{speed}{held}{of_granted}"
 
 
 def result_lines(result: RunResult) -> list[str]:

@@ -282,7 +282,7 @@ class _Run:
                 monitor, filters, cbw_timeout_seconds=timeout_seconds, running=running
             )
             self._pausing = False
-        log.info("snapshot.taken", disks=len(filters), pause_ms=self._facts.pause_ms)
+        log.info("snapshot.taken", disks=len(filters), pause_ms=self._facts.rounded_pause_ms)
 
     def _job(self, disk: DiskRun, speed_bytes_per_second: int) -> dict[str, Any]:
         return commands.backup_job(

@@ -50,6 +50,11 @@ class Facts:
     pause_ms: float | None = None
     snapshot: Snapshot | None = None
 
+    @property
+    def rounded_pause_ms(self) -> float | None:
+        """How long the guest was held, to the microsecond."""
+        return round(self.pause_ms, 3) if self.pause_ms is not None else None
+
     def progress(self, vm: str, run: str, phase: Phase) -> Progress:
         """How far it is."""
         disks = tuple(
@@ -71,7 +76,7 @@ class Facts:
             "job": options.job,
             "kind": Kind.FULL,
             "consistency": options.consistency,
-            "pause_ms": self.pause_ms,
+            "pause_ms": self.rounded_pause_ms,
             "vmfleece": __version__,
             "disks": [
                 {
@@ -109,7 +114,7 @@ class Facts:
             reason=REASON_FULL,
             started=started,
             duration_seconds=round(duration_seconds, 3),
-            pause_ms=round(self.pause_ms, 3) if self.pause_ms is not None else None,
+            pause_ms=self.rounded_pause_ms,
             disks=tuple(
                 DiskResult(
                     disk=disk.plan.disk.id,
