@@ -21,6 +21,7 @@ from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, Vmfl
 
 Command = Callable[[config.Config, argparse.Namespace], Coroutine[Any, Any, int]]
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 THREADS = 32
 """Blocking work (fsync, hashing) of several runs side by side."""
 
@@ -82,14 +83,23 @@ def _config(arguments: argparse.Namespace, path: Path) -> int:
 
 
 def run_async(command: Coroutine[Any, Any, int]) -> int:
-    """Run a command on uvloop. SIGTERM cancels it as Ctrl-C does, so that everything is put back."""
+    """Run a command on uvloop. SIGTERM and Ctrl-C cancel it, so that everything is put back, however often."""
 
     async def until_signalled() -> int:
         loop = asyncio.get_running_loop()
         loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(THREADS))
         task = asyncio.current_task()
-        if task is not None:
-            loop.add_signal_handler(signal.SIGTERM, task.cancel)
+
+        def cancel() -> None:
+            # Not left to asyncio.Runner: its third SIGINT would end the process amid putting things back.
+            for number in SIGNALS:
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)
+            if task is not None:
+                task.cancel()
+
+        for number in SIGNALS:
+            loop.add_signal_handler(number, cancel)
         return await command
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
