@@ -8,6 +8,7 @@ The file is as long as the image can become at most, sparse: QEMU caches its len
 import asyncio
 import os
 
+from orchestrator import aio
 from orchestrator.errors import ToolError
 from orchestrator.fleecing.names import DiskNames
 from orchestrator.qemu import commands, tools
@@ -17,11 +18,12 @@ from orchestrator.storage.base import ImageFile, Storage
 
 async def create(storage: Storage, *, disk_bytes: int, length_bytes: int) -> ImageFile:
     """An empty image for a disk, open. Raises StorageError, ToolError; cancellation leaves nothing."""
-    file = await asyncio.to_thread(storage.create)
+    file = await aio.acquire(asyncio.to_thread(storage.create), _close)
     try:
         await tools.create_qcow2(file.descriptor, disk_bytes)
         try:
-            await asyncio.to_thread(os.ftruncate, file.descriptor, length_bytes)
+            # Closed only once the thread is done with it: its number may be another file's by then.
+            await aio.finish(asyncio.to_thread(os.ftruncate, file.descriptor, length_bytes))
         except OSError as error:
             raise ToolError(
                 f"storage {storage.name}: cannot make a sparse file of {length_bytes} bytes: {error.strerror}",
@@ -31,6 +33,10 @@ async def create(storage: Storage, *, disk_bytes: int, length_bytes: int) -> Ima
         file.close()
         raise
     return file
+
+
+async def _close(file: ImageFile) -> None:
+    file.close()
 
 
 async def attach(monitor: Monitor, names: DiskNames, file: ImageFile, grant_bytes: int) -> None:
