@@ -137,6 +137,14 @@ async def test_a_turn_that_comes_while_the_last_one_runs_is_skipped_and_said_so(
     assert all(line["log_level"] == "warning" for line in skipped)
 
 
+async def test_a_run_that_ends_just_when_the_next_turn_comes_skips_it_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, catalogue: Catalogue
+) -> None:
+    runs, lines = await served(monkeypatch, job("*-*-* 00/2:00 UTC"), catalogue, at(17), takes=timedelta(hours=2))
+    assert runs == [at(14)]
+    assert [line["event"] for line in lines] == ["job.scheduled", "job.skipped", "job.scheduled"]
+
+
 async def test_a_run_that_ends_in_time_skips_nothing(
     monkeypatch: pytest.MonkeyPatch, catalogue: Catalogue
 ) -> None:

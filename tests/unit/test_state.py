@@ -66,6 +66,7 @@ def test_a_second_owner_is_refused_with_the_firsts_pid_until_it_is_dead(tmp_path
         finally:
             first.send_signal(signal.SIGKILL)
         first.wait()
+    (state_dir / "lock").write_text("4194304 and more\n")
     with lock.owned(state_dir):
         assert (state_dir / "lock").read_text() == f"{os.getpid()}\n"
 

@@ -243,7 +243,7 @@ async def test_cancelling_a_step_waits_for_the_disk_and_leaves_what_abort_remove
             task = asyncio.create_task(draft.seal(disk()))
         case _:
             task = asyncio.create_task(draft.commit(DETAILS))
-    await asyncio.to_thread(slow.begun.wait)
+    assert await asyncio.to_thread(slow.begun.wait, 10)
     task.cancel()
     await asyncio.sleep(0)
     task.cancel()
