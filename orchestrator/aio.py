@@ -52,10 +52,9 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
             await asyncio.wait([task])
         except asyncio.CancelledError as error:
             cancelled = error
-    result = task.result()
     if cancelled is not None:
-        raise cancelled
-    return result
+        raise cancelled from task.exception()
+    return task.result()
 
 
 async def acquire(work: Coroutine[Any, Any, T], give_back: Callable[[T], Awaitable[object]]) -> T:

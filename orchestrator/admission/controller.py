@@ -67,6 +67,7 @@ class Controller:
         self._leases: list[Lease] = []
         self._waiters: list[_Waiter] = []
         self._arrivals = count()
+        self._unreadable: set[str] = set()
 
     @asynccontextmanager
     async def admit(
@@ -183,7 +184,11 @@ class Controller:
     def _space(self, storage: Storage) -> Space:
         """A storage that cannot be asked grants nothing; runs on other storages go on."""
         try:
-            return storage.space()
+            space = storage.space()
         except StorageError as error:
-            log.warning("storage.unreadable", storage=storage.name, error=str(error))
+            if storage.name not in self._unreadable:
+                self._unreadable.add(storage.name)
+                log.warning("storage.unreadable", storage=storage.name, error=str(error))
             return Space(free_bytes=0, floor_bytes=0)
+        self._unreadable.discard(storage.name)
+        return space

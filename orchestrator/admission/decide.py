@@ -2,7 +2,8 @@
 
 Invariant: admitting what `admissible` returns keeps the grants of each storage within its quota and within what
 its file system can give. A run gets everything it needs at once or nothing, so runs cannot block each other.
-Order: priority, then arrival. A later request passes an earlier one only if they compete for nothing.
+Order: priority, then arrival. A later request passes an earlier one only if it uses no storage of that one, and no
+slot that that one waits for.
 """
 
 from collections.abc import Mapping, Sequence

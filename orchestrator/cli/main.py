@@ -22,6 +22,9 @@ from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, Vmfl
 Command = Callable[[config.Config, argparse.Namespace], Coroutine[Any, Any, int]]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+QUIET = {"backup": "critical", "job": "critical"}
+"""Their output says how each run ended; other commands show warnings, such as of an unreadable snapshot."""
+
 THREADS = 32
 """Blocking work (fsync, hashing) of several runs side by side."""
 
@@ -67,7 +70,7 @@ def _run(arguments: argparse.Namespace) -> int:
     serving = arguments.command == "daemon"
     log.configure(
         log_format=loaded.daemon.log_format if serving else "console",
-        level=loaded.daemon.log_level if serving or arguments.verbose else "critical",
+        level=loaded.daemon.log_level if serving or arguments.verbose else QUIET.get(arguments.command, "warning"),
     )
     return run_async(command(loaded, arguments))
 

@@ -1,5 +1,6 @@
 """Live progress of runs: bars on a terminal, plain lines elsewhere; and the closing lines of a run."""
 
+import contextlib
 import sys
 import time
 from types import TracebackType
@@ -56,7 +57,8 @@ class Display:
         last_state, last_time = self._last.get(progress.run, ("", 0.0))
         if state != last_state or now - last_time >= LINE_SECONDS:
             self._last[progress.run] = (state, now)
-            print(f"{progress.vm}: {text}", flush=True)
+            with contextlib.suppress(BrokenPipeError):  # nobody reads (head, less): the run goes on
+                print(f"{progress.vm}: {text}", flush=True)
 
     def _update_bar(self, bars: Progress, progress: model.Progress, text: str) -> None:
         if progress.run not in self._tasks:

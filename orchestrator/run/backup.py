@@ -10,6 +10,7 @@ acts, and all undos run at the end, whatever happened; a disk that is done gives
 import asyncio
 import contextlib
 import secrets
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -24,7 +25,7 @@ import structlog
 from orchestrator import aio
 from orchestrator.admission import estimate
 from orchestrator.admission.controller import Controller, Grant, Lease
-from orchestrator.errors import ConnectFailed, VmfleeceError
+from orchestrator.errors import ConnectFailed, StorageError, VmfleeceError
 from orchestrator.fleecing import graph, image
 from orchestrator.fleecing.grant import GrantKeeper
 from orchestrator.fleecing.names import DiskNames, run_prefix
@@ -334,11 +335,12 @@ class _Run:
 
     async def _diagnose(self, disk: DiskRun, ended: copy.Ended, keeper: GrantKeeper) -> VmfleeceError:
         name = disk.plan.storage
-        free_bytes, refused, grant_bytes = 0, False, 0
+        free_bytes, refused, grant_bytes = sys.maxsize, False, 0
         if name is not None:
             fleeced = keeper.of(disk.plan.disk.id)
             refused, grant_bytes = fleeced.refused, fleeced.grant_bytes
-            free_bytes = (await asyncio.to_thread(self._means.storages[name].space)).free_bytes
+            with contextlib.suppress(StorageError):  # the reason of the failure is worth more
+                free_bytes = (await asyncio.to_thread(self._means.storages[name].space)).free_bytes
         return copy.diagnose(
             ended,
             copy.Circumstances(

@@ -150,7 +150,8 @@ def _grants(
         name = storage or nearest[disk.id]
         if name is None:
             raise FleecingError(
-                f"VM {vm}: no storage holds the image of disk {disk.id} ({disk.image or 'not a local file'})",
+                f"VM {vm}: no storage holds the image of disk {disk.id}"
+                f" ({disk.image or 'QEMU names no local file by its full path'})",
                 hint=f"name one: --fleecing enabled=1,storage=NAME; there are: {', '.join(quotas) or 'none'}",
                 code="no-storage",
             )

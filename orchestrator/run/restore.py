@@ -6,7 +6,9 @@ A block device is written in place, and read back.
 
 import asyncio
 import contextlib
+import errno
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from orchestrator.qemu import tools
 from orchestrator.target.base import Snapshot, Target
 
 log = structlog.get_logger(__name__)
+
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What link(2) says on a file system without hard links."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,13 @@ async def restore(
     wanted = snapshot.disk(disk)
     device = await asyncio.to_thread(_check_destination, to, overwrite=overwrite)
     log.info("restore.started", snapshot=snapshot.id, disk=disk, to=str(to))
-    written = to if device else to.with_name(to.name + ".partial")
+    if device and image_format != "raw":
+        raise TargetError(
+            f"cannot restore to {to} as {image_format}: a block device takes a disk as it is",
+            hint="leave --format out, or give a file",
+            code="restore-path",
+        )
+    written = to if device else to.with_name(f"{to.name}.{secrets.token_hex(4)}.partial")
     try:
         if device:
             await _check_fits(wanted.size_bytes, to)
@@ -106,8 +117,14 @@ def _publish(written: Path, to: Path) -> None:
     finally:
         os.close(descriptor)
     if written != to:
-        os.link(written, to)  # unlike a rename, this fails if the name was taken meanwhile
-        written.unlink()
+        try:
+            os.link(written, to)  # unlike a rename, this fails if the name was taken meanwhile
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            written.rename(to)
+        else:
+            written.unlink()
         folder = os.open(to.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(folder)

@@ -43,6 +43,7 @@ async def serve(job: JobSettings, run: Callable[[str], Awaitable[object]], catal
         await _take_turn(job, due, run, catalogue)
         overlapped = schedule.next_due(job.schedule, due)
         if overlapped is not None and overlapped <= now():
+            await asyncio.to_thread(catalogue.set_last_due, job.name, overlapped)
             log.warning("job.skipped", job=job.name, due=overlapped.isoformat())
 
 

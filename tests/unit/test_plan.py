@@ -188,7 +188,7 @@ def test_no_storage_holds_the_image() -> None:
     with pytest.raises(FleecingError) as failed:
         planned(REQUIRE, (disk("vda", image=None),), nearest=None, near=GIB, other=GIB)
     assert failed.value.code == "no-storage"
-    assert "disk vda (not a local file)" in failed.value.message
+    assert "disk vda (QEMU names no local file by its full path)" in failed.value.message
     assert "near, other" in failed.value.hint
     with pytest.raises(FleecingError, match=r"/images/vda\.qcow2"):
         planned(REQUIRE, nearest=None)

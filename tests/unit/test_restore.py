@@ -142,7 +142,9 @@ async def test_cancellation_leaves_no_file(
     monkeypatch.setattr(tools, step, stuck)
     task = asyncio.create_task(restore(target, snapshot, "vda", to=out / "vda.raw", image_format="raw"))
     await reached.wait()
-    assert names(out) == ["vda.raw.partial"]
+    (written,) = names(out)
+    assert written.startswith("vda.raw.")
+    assert written.endswith(".partial")
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

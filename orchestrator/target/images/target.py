@@ -20,7 +20,7 @@ from typing import Any
 import structlog
 
 from orchestrator import aio
-from orchestrator.errors import TargetError
+from orchestrator.errors import TargetError, ToolError
 from orchestrator.model import Compression, Disk
 from orchestrator.qemu import tools
 from orchestrator.target.base import Draft, Sink, Snapshot, SnapshotDisk, Target
@@ -30,6 +30,7 @@ log = structlog.get_logger(__name__)
 
 STAMP = "%Y%m%dT%H%M%SZ"
 PARTIAL = ".partial"
+EMPTY_QCOW2_BYTES = 1 << 20
 DISK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
@@ -72,13 +73,9 @@ class ImagesTarget(Target):
             while True:
                 final = folder / created.strftime(STAMP)
                 partial = final.with_name(final.name + PARTIAL)
-                if not final.exists():
-                    with contextlib.suppress(FileExistsError):
-                        partial.mkdir(mode=0o700)
-                        break
+                if not final.exists() and (lock := self._claim(partial)) is not None:
+                    break
                 created += timedelta(seconds=1)
-            lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(lock, fcntl.LOCK_EX)
         return ImagesDraft(
             self.name,
             vm,
@@ -88,6 +85,19 @@ class ImagesTarget(Target):
             lock=lock,
             compression=self._compression,
         )
+
+    def _claim(self, partial: Path) -> int | None:
+        """Make and lock a folder; None if somebody else has it, or took it for dead before it was locked."""
+        try:
+            partial.mkdir(mode=0o700)
+            lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except (FileExistsError, FileNotFoundError):
+            return None
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock).st_nlink == 0:
+            os.close(lock)
+            return None
+        return lock
 
     def _remove_if_dead(self, partial: Path) -> None:
         lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -162,11 +172,17 @@ class ImagesDraft(Draft):
             flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
             self._images[disk.id] = os.open(self._path(disk.id), flags, 0o600)
         self._disks.append(disk.id)
-        await tools.create_qcow2(
-            self._images[disk.id],
-            disk.size_bytes,
-            options="compression_type=zstd" if compress else "",
-        )
+        options = "compression_type=zstd" if compress else ""
+        try:
+            await tools.create_qcow2(self._images[disk.id], disk.size_bytes, options=options)
+        except ToolError as error:
+            status = os.fstatvfs(self._images[disk.id])
+            full = status.f_bavail * status.f_frsize < EMPTY_QCOW2_BYTES
+            raise TargetError(
+                f"target {self._target}: {error.message}",
+                hint="free some space or prune old snapshots" if full else error.hint,
+                code="target-full" if full else "target-unwritable",
+            ) from error
         return Sink(self._images[disk.id], compress)
 
     async def seal(self, disk: Disk) -> SnapshotDisk:
