@@ -113,13 +113,13 @@ def without_quiet() -> "contextlib.AbstractContextManager[None]":
     async def changing_graph(_self: Quiet) -> AsyncIterator[None]:
         yield
 
-    kept = Quiet.changing_graph, commands.WORKERS
+    kept = Quiet.changing_graph, commands.IN_FLIGHT
     Quiet.changing_graph = changing_graph
-    commands.WORKERS = 64
+    commands.IN_FLIGHT = {"max-workers": 64}
     try:
         yield
     finally:
-        Quiet.changing_graph, commands.WORKERS = kept
+        Quiet.changing_graph, commands.IN_FLIGHT = kept
 
 
 if __name__ == "__main__":

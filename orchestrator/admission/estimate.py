@@ -13,8 +13,10 @@ MIB = 1024 * 1024
 
 FIRST_SHARE = 10
 """The first grant is a tenth of the disk: what guests overwrite during one backup is mostly far less."""
-FIRST_LEAST = 64 * MIB
+FIRST_LEAST = 256 * MIB
 STEP_LEAST = 256 * MIB
+THRESHOLD_PART = 4
+"""A guest that writes 300 MB/s fills three quarters of the least grant in 0.6 s; extending it takes less."""
 USEFUL_LEAST = MIB
 """Below this an image holds so few clusters that it breaks before it can be extended."""
 
@@ -42,7 +44,7 @@ def first_grants(disks: Mapping[str, int], quota_bytes: int) -> dict[str, int] |
     if spare < 0:
         return None
     more = {disk: wanted[disk] - least[disk] for disk in disks}
-    return {disk: least[disk] + spare * more[disk] // sum(more.values()) for disk in disks}
+    return {disk: whole(least[disk] + spare * more[disk] // sum(more.values())) for disk in disks}
 
 
 def next_grant(grant_bytes: int, disk_bytes: int) -> int:
@@ -50,18 +52,23 @@ def next_grant(grant_bytes: int, disk_bytes: int) -> int:
     return min(worst_case(disk_bytes), grant_bytes + max(grant_bytes, STEP_LEAST))
 
 
+def whole(size_bytes: int) -> int:
+    """The whole clusters in a size: a grant is a node's size, and QEMU takes none that splits a sector."""
+    return size_bytes // CLUSTER * CLUSTER
+
+
 def threshold(grant_bytes: int, *, crossed_bytes: int = 0) -> int:
-    """The fill level at which to ask for more: half, since a guest keeps writing while we ask.
+    """The fill level at which to ask for more: a quarter, since a guest keeps writing while we ask.
 
     After a refusal that level is crossed already: ask again half-way from there to the end.
     """
-    half = grant_bytes // 2
-    return half if half > crossed_bytes else (crossed_bytes + grant_bytes) // 2
+    early = grant_bytes // THRESHOLD_PART
+    return early if early > crossed_bytes else (crossed_bytes + grant_bytes) // 2
 
 
 def _first_grant(disk_bytes: int) -> int:
     share = max(disk_bytes // FIRST_SHARE, FIRST_LEAST)
-    return min(worst_case(disk_bytes), max(share, smallest_grant(disk_bytes)))
+    return min(worst_case(disk_bytes), max(whole(share), smallest_grant(disk_bytes)))
 
 
 def _image_bytes(disk_bytes: int, *, data_clusters: int) -> int:

@@ -1,6 +1,6 @@
 """Extending the grants of one run's images as they fill, by event.
 
-QEMU says once when an image is half full (BLOCK_WRITE_THRESHOLD); we ask admission for more, tell QEMU the new
+QEMU says once when an image is a quarter full (BLOCK_WRITE_THRESHOLD); we ask admission for more, tell QEMU the new
 limit and set the next threshold. Refused growth never blocks the guest: the image runs full, the snapshot
 breaks, and the run ends as fleecing-full.
 """
@@ -101,7 +101,10 @@ class GrantKeeper:
             wanted_bytes = estimate.next_grant(fleeced.grant_bytes, fleeced.disk.size_bytes)
             if wanted_bytes == fleeced.grant_bytes:
                 return  # the worst case fits already
-            grant_bytes = self._controller.grow(self._lease, disk, wanted_bytes)
+            granted_bytes = self._controller.grow(self._lease, disk, wanted_bytes)
+            grant_bytes = estimate.whole(granted_bytes)
+            if grant_bytes < granted_bytes:
+                self._controller.shrink(self._lease, disk, grant_bytes)
             if grant_bytes > fleeced.grant_bytes and not await self._extend(fleeced, grant_bytes):
                 grant_bytes = fleeced.grant_bytes
             fleeced.refused = grant_bytes < wanted_bytes

@@ -27,17 +27,16 @@ import structlog
 
 from orchestrator.errors import CommandFailed, MonitorError, TargetError
 from orchestrator.fleecing.names import CBW, DISMANTLING, FLEECING, GATE, DiskNames, role_of
+from orchestrator.fleecing.pauser import Pauser
 from orchestrator.model import Disk
 from orchestrator.qemu import commands, inventory, jobs
-from orchestrator.qemu.capabilities import Capabilities
 from orchestrator.qemu.commands import Command
-from orchestrator.qemu.monitor import Event, EventStream, Monitor, raise_first
+from orchestrator.qemu.monitor import Monitor, raise_first
 
 log = structlog.get_logger(__name__)
 
 JOB_END_SECONDS = 60.0
 REQUERY_SECONDS = 1.0
-PAUSE_EVENT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,25 +73,16 @@ async def take_snapshot(monitor: Monitor, filters: Sequence[Filter], *, cbw_time
 
 
 async def take_snapshot_paused(
-    monitor: Monitor, filters: Sequence[Filter], *, cbw_timeout_seconds: int, running: bool
+    pauser: Pauser, filters: Sequence[Filter], *, cbw_timeout_seconds: int
 ) -> float | None:
     """Make one point in time over all disks while the guest is paused, for QEMU before 9.1.
 
-    All commands are sent at once, so `cont` follows whatever happens to the others and to us. Returns how long
-    the guest was paused, in milliseconds by QEMU's clock; None if it was not running before.
+    Returns for how many milliseconds it was paused; None if it was not running before.
     Raises MonitorError. Undone by `dismantle`; cancellation may leave it done.
     """
-    inserting = insertion(filters, cbw_timeout_seconds=cbw_timeout_seconds)
-    if not running:
-        raise_first(await monitor.pipeline(inserting))
-        return None
-    with monitor.subscribe("STOP", "RESUME") as events:
-        replies = await monitor.pipeline([commands.STOP, *inserting, commands.CONT])
-        raise_first(replies)
-        async with asyncio.timeout(PAUSE_EVENT_SECONDS):
-            stop = await _next(events, "STOP")
-            resume = await _next(events, "RESUME")
-    return (resume.timestamp - stop.timestamp) * 1000
+    replies, paused_ms = await pauser.run(insertion(filters, cbw_timeout_seconds=cbw_timeout_seconds))
+    raise_first(replies)
+    return paused_ms
 
 
 def preparation(filters: Sequence[Filter], *, cbw_timeout_seconds: int) -> list[Command]:
@@ -129,20 +119,13 @@ def _views(filters: Sequence[Filter]) -> list[Command]:
     ]
 
 
-async def _next(events: EventStream, name: str) -> Event:
-    while True:
-        event = await events.next()
-        if event.name == name:
-            return event
-
-
-async def release(monitor: Monitor, names: DiskNames, capabilities: Capabilities) -> None:
+async def release(monitor: Monitor, names: DiskNames, pauser: Pauser | None) -> None:
     """Take out a disk that was copied, and make sure that QEMU has written all of its copy.
 
     Raises TargetError if QEMU could not write all of it: deleting a node alone would hide that.
     """
     await end_jobs(monitor, names.prefix)
-    await _take_out(monitor, names.prefix, capabilities, roles=FLEECING)
+    await _take_out(monitor, names.prefix, pauser, roles=FLEECING)
     try:
         # Reopening writes out the format driver's caches and reports errors (block.c, bdrv_reopen_prepare).
         await monitor.execute(commands.reopen(commands.image_node(names.target, file=names.target_file)))
@@ -152,20 +135,22 @@ async def release(monitor: Monitor, names: DiskNames, capabilities: Capabilities
             hint="is the target's file system full or failing?",
             code="target-write-failed",
         ) from error
-    await _take_out(monitor, names.prefix, capabilities, roles=DISMANTLING)
+    await _take_out(monitor, names.prefix, pauser, roles=DISMANTLING)
 
 
-async def dismantle(monitor: Monitor, prefix: str, capabilities: Capabilities) -> None:
+async def dismantle(monitor: Monitor, prefix: str, pauser: Pauser | None) -> None:
     """Take out everything whose name begins with `prefix`, however much of it is there.
+
+    `pauser` is for QEMU before 9.1, which must be paused for it.
 
     It asks QEMU what there is, so it may be called at any time and again. Raises MonitorError if something
     could not be taken out.
     """
     await end_jobs(monitor, prefix)
-    await _take_out(monitor, prefix, capabilities, roles=DISMANTLING)
+    await _take_out(monitor, prefix, pauser, roles=DISMANTLING)
 
 
-async def _take_out(monitor: Monitor, prefix: str, capabilities: Capabilities, *, roles: Sequence[str]) -> None:
+async def _take_out(monitor: Monitor, prefix: str, pauser: Pauser | None, *, roles: Sequence[str]) -> None:
     taking_out = removal(
         prefix,
         roles=roles,
@@ -173,10 +158,11 @@ async def _take_out(monitor: Monitor, prefix: str, capabilities: Capabilities, *
         block=await monitor.execute(commands.QUERY_BLOCK),
         graph=await monitor.execute(commands.QUERY_GRAPH),
     )
-    status = await monitor.execute(commands.QUERY_STATUS)
-    if taking_out and status["running"] and not capabilities.discard_source:
-        taking_out = [commands.STOP, *taking_out, commands.CONT]
-    replies = await monitor.pipeline(taking_out) if taking_out else []
+    replies: list[Any] = []
+    if taking_out and pauser is not None:
+        replies, _ = await pauser.run(taking_out)
+    elif taking_out:
+        replies = await monitor.pipeline(taking_out)
     for fdset in await monitor.execute(commands.QUERY_FDSETS):
         if any(fd.get("opaque", "").startswith(prefix) for fd in fdset["fds"]):
             replies += await monitor.pipeline([commands.remove_fd(fdset["fdset-id"])])

@@ -11,8 +11,8 @@ from typing import Any
 PREFIX = "vmf-"
 """All our nodes, jobs and descriptor sets are named so; nothing else in QEMU is ever touched."""
 
-WORKERS = 8
-"""Requests of up to 1 MiB that a job has in flight: as fast as QEMU's default of 64, and paused much sooner."""
+IN_FLIGHT = {"max-workers": 8, "max-chunk": 256 * 1024}
+"""A job's requests in flight: no slower than QEMU's default of 64 of up to 1 MiB, and paused much sooner."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ def backup_job(
         "auto-dismiss": False,
         "on-target-error": "enospc",
         "speed": speed_bytes_per_second,
-        "x-perf": {"max-workers": WORKERS},
+        "x-perf": IN_FLIGHT,
     }
     if discard_source:
         arguments["discard-source"] = True

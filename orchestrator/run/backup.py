@@ -29,6 +29,7 @@ from orchestrator.errors import ConnectFailed, StorageError, VmfleeceError
 from orchestrator.fleecing import graph, image
 from orchestrator.fleecing.grant import GrantKeeper
 from orchestrator.fleecing.names import DiskNames, run_prefix
+from orchestrator.fleecing.pauser import Pauser
 from orchestrator.fleecing.quiet import Quiet
 from orchestrator.model import (
     ErrorReport,
@@ -150,7 +151,7 @@ class _Run:
         self._facts = facts
         self._on_progress = on_progress
         self._undo = aio.UndoStack()
-        self._pausing = False
+        self._pauser: Pauser | None = None
         self._phase = Phase.QUEUED
 
     async def execute(self, started: datetime) -> None:
@@ -159,6 +160,8 @@ class _Run:
         await target.prepare()
         async with self._means.connect(self._vm.qmp, vm=self._vm.name) as monitor:
             self._capabilities = capabilities.from_schema(await monitor.execute(commands.QUERY_SCHEMA))
+            if not self._capabilities.discard_source:
+                self._pauser = Pauser(monitor)
             await survey.settle_leftovers(monitor, self._vm.name, self._capabilities, self._means.is_ours)
             done = False
             while not done:
@@ -272,17 +275,15 @@ class _Run:
         # QEMU flushes the disks while the guest waits: what the host still caches is written before.
         images = [disk.plan.disk.image for disk in self._facts.disks if disk.plan.disk.image]
         await asyncio.to_thread(tools.write_back, images)
-        running = (await monitor.execute(commands.QUERY_STATUS))["running"]
         timeout_seconds = self._options.cbw_timeout_seconds
-        if self._capabilities.discard_source:
+        if self._pauser is not None:
+            self._facts.pause_ms = await graph.take_snapshot_paused(
+                self._pauser, filters, cbw_timeout_seconds=timeout_seconds
+            )
+        else:
+            running = (await monitor.execute(commands.QUERY_STATUS))["running"]
             held_ms = await graph.take_snapshot(monitor, filters, cbw_timeout_seconds=timeout_seconds)
             self._facts.pause_ms = held_ms if running else None
-        else:
-            self._pausing = running
-            self._facts.pause_ms = await graph.take_snapshot_paused(
-                monitor, filters, cbw_timeout_seconds=timeout_seconds, running=running
-            )
-            self._pausing = False
         log.info("snapshot.taken", disks=len(filters), pause_ms=self._facts.rounded_pause_ms)
 
     def _job(self, disk: DiskRun, speed_bytes_per_second: int) -> dict[str, Any]:
@@ -310,7 +311,7 @@ class _Run:
         if disk.file is not None:
             await gear.keeper.let_go(disk.plan.disk.id)
         async with gear.quiet.changing_graph():
-            await graph.release(gear.monitor, disk.names, self._capabilities)
+            await graph.release(gear.monitor, disk.names, self._pauser)
         await _close(disk)
         self._means.controller.release(gear.lease, disk.plan.disk.id)
         if self._options.bwlimit_bytes_per_second and gear.quiet.jobs:
@@ -366,12 +367,9 @@ class _Run:
         except ConnectFailed as error:
             log.warning("vm.gone", error=str(error))
             return
-        if self._pausing:
-            # Cut off between stop and cont: nobody knows which of them arrived.
-            status = await monitor.execute(commands.QUERY_STATUS)
-            if status["status"] == "paused":
-                await monitor.execute(commands.CONT)
-        await graph.dismantle(monitor, run_prefix(self._run), self._capabilities)
+        if self._pauser is not None:
+            await self._pauser.make_good()
+        await graph.dismantle(monitor, run_prefix(self._run), self._pauser)
 
     def _waiting(self, reason: str) -> None:
         log.info("run.queued", reason=reason)

@@ -118,6 +118,14 @@ class Watch:
                 code="vm-gone",
             )
         self._state = state
+        if state.status == "paused":
+            await self._ask_why_paused()
+
+    async def _ask_why_paused(self) -> None:
+        """A full target pauses the job, too; the event that said so may be lost with a connection."""
+        for job in await self._monitor.execute(commands.QUERY_BLOCK_JOBS):
+            if job["device"] == self._state.id and job["io-status"] == "nospace":
+                self._stopped = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import structlog
 from orchestrator.errors import RefusedError
 from orchestrator.fleecing import graph
 from orchestrator.fleecing.names import run_of, run_prefix
+from orchestrator.fleecing.pauser import Pauser
 from orchestrator.model import Disk, Fleecing, Vm
 from orchestrator.qemu import commands, inventory
 from orchestrator.qemu.capabilities import Capabilities
@@ -68,7 +69,8 @@ async def settle_leftovers(
                 code="foreign-run",
             )
         log.warning("leftovers.found", of_run=run)
-        await graph.dismantle(monitor, run_prefix(run), capabilities)
+        pauser = None if capabilities.discard_source else Pauser(monitor)
+        await graph.dismantle(monitor, run_prefix(run), pauser)
 
 
 def nearest_storages(disks: Sequence[Disk], storages: Mapping[str, Storage]) -> dict[str, str | None]:
