@@ -10,7 +10,7 @@ import structlog
 
 from orchestrator import aio
 from orchestrator.admission import estimate
-from orchestrator.fleecing import grant, graph, quiet
+from orchestrator.fleecing import grant, graph, pauser, quiet
 from orchestrator.qemu import tools
 from orchestrator.run import copy
 from tests.component.world import World, make_world, open_descriptors
@@ -37,7 +37,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grant, "RETRY_SECONDS", 0.02)
     monkeypatch.setattr(graph, "REQUERY_SECONDS", 0.02)
     monkeypatch.setattr(quiet, "REQUERY_SECONDS", 0.02)
-    monkeypatch.setattr(graph, "PAUSE_EVENT_SECONDS", 0.1)
+    monkeypatch.setattr(pauser, "PAUSE_EVENT_SECONDS", 0.1)
 
 
 @pytest.fixture
