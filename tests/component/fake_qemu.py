@@ -265,7 +265,7 @@ class FakeQemu:
         ]
 
     def _stop(self, _arguments: Any) -> Any:
-        if self.running and self.discard_source:
+        if self.running and self.discard_source and self.devices:
             raise QemuWouldDie("a stop can lose an interrupt, and the guest's disk hangs")
         return self._pause({})
 
@@ -348,7 +348,7 @@ class FakeQemu:
             raise CommandFailed("blockdev-del", f"Node {node.name} is in use by {used}")
         if node.driver in FILTERS and self.running and not self.discard_source:
             raise QemuWouldDie(f"a {node.driver} node is deleted while the guest runs")
-        if node.size and node.descriptor is None and not self.flush_error:
+        if node.size and "file" in node.children and not self.flush_error:
             self._write_out(node)  # errors of this are heard by nobody
         del self.nodes[node.name]
         self._close(node)

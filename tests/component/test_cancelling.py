@@ -11,8 +11,8 @@ import pytest
 from orchestrator.model import Outcome
 from orchestrator.target.images.target import ImagesTarget
 from tests.component.steps import Steps
-from tests.component.test_trouble import HANGS_SECONDS, SHAPES, SMALL, Shape
-from tests.component.world import World, make_world, open_descriptors
+from tests.component.test_trouble import SHAPES, SMALL, Shape
+from tests.component.world import HANGS_SECONDS, World, make_world, open_descriptors
 
 SAMPLES = 160
 ENOUGH = 8

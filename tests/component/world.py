@@ -1,6 +1,7 @@
 """One VM in a fake QEMU with all that its backup needs, and what must be true after whatever happened."""
 
 import asyncio
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,12 +25,15 @@ from tests.component.fake_qemu import FakeQemu
 from tests.component.fake_target import FakeTarget
 
 MIB = 1 << 20
+HANGS_SECONDS = 5.0
+"""A run that takes so long hangs; the longest one takes a tenth of that."""
 SOCKET = Path("/run/qemu/web01.qmp")
 RUN = "0badcafe"
 OTHER_RUN = "deadbeef"
 STRANGER = "11111111"
 
 
+@functools.cache
 def pattern(disk: str, size: int) -> bytes:
     """A disk's first content: each cluster differs from every other one, of this and other disks."""
     found = bytearray()
@@ -77,14 +81,15 @@ class World:
         options = RunOptions(
             "main", fleecing or Fleecing(storage="local"), bwlimit_bytes_per_second=bwlimit, job="nightly"
         )
-        return await back_up(
-            vm or self.vm,
-            options,
-            means,
-            run=run,
-            on_progress=self.progress.append,
-            on_cancelled=self.cancelled.append,
-        )
+        async with asyncio.timeout(HANGS_SECONDS):
+            return await back_up(
+                vm or self.vm,
+                options,
+                means,
+                run=run,
+                on_progress=self.progress.append,
+                on_cancelled=self.cancelled.append,
+            )
 
     async def assert_nothing_is_left(self, descriptors: list[str], *, status: str = "running") -> None:
         """The guest is as it was, nobody holds anything, and nothing has come near QEMU's death."""
