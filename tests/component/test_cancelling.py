@@ -47,7 +47,7 @@ async def what_is_wrong(world: World, shape: Shape, at: tuple[int, ...]) -> str:
     try:
         assert not wrong, wrong
         listed = await world.target.snapshots()
-        if not listed:
+        if not listed:  # otherwise it was cancelled after its commit
             await world.assert_nothing_is_listed()
         await world.assert_nothing_is_left(before, status=status)
     except AssertionError as error:
@@ -129,3 +129,15 @@ async def test_a_guest_that_was_shut_down_is_no_obstacle_to_cancelling(tmp_path:
     assert world.cancelled
     await world.assert_nothing_is_left(before)
     await world.assert_nothing_is_listed()
+
+
+@pytest.mark.xfail(strict=True, reason="the result of a run cancelled after its commit names no snapshot")
+async def test_a_run_that_is_cancelled_once_its_snapshot_is_listed_names_it(tmp_path: Path) -> None:
+    world = make_world(tmp_path)
+    task = asyncio.ensure_future(world.back_up())
+    world.qemu.before = lambda _command: bool(world.fake_target.listed) and task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    (told,) = world.cancelled
+    (listed,) = world.fake_target.listed
+    assert told.snapshot == listed.id

@@ -1,5 +1,6 @@
 """Runs that fail for a reason of their own: it is named, and the guest goes on as if nothing had been."""
 
+import tempfile
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from orchestrator.qemu import commands
 from orchestrator.qemu.commands import Command
 from tests.component.fake_blocks import CLUSTER, Job
 from tests.component.fake_monitor import Trouble
-from tests.component.world import MIB, OTHER_RUN, RUN, STRANGER, World, failed_with
+from tests.component.world import MIB, OTHER_RUN, RUN, SOCKET, STRANGER, World, failed_with
 
 Make = Callable[..., World]
 ENOSPC = "No space left on device"
@@ -273,6 +274,17 @@ async def test_a_job_that_a_dead_run_of_ours_left(make: Make, before: list[str])
     await world.assert_nothing_is_left(before)
 
 
+async def test_descriptors_that_a_dead_run_of_ours_left(make: Make, before: list[str]) -> None:
+    """It died between add-fd and blockdev-add; the descriptor keeps an image's space occupied."""
+    world = make()
+    async with world.host.connect(SOCKET, vm="web01") as monitor:
+        with tempfile.TemporaryFile(dir=world.folder) as file:
+            await monitor.pass_descriptor(file.fileno(), opaque=DiskNames(OTHER_RUN, 0).file)
+    result = await world.back_up()
+    assert result.error is None, result.error
+    await world.assert_nothing_is_left(before)
+
+
 async def test_a_strangers_run_is_left_alone(make: Make, before: list[str]) -> None:
     world = make()
     leave(world, STRANGER)
@@ -331,6 +343,30 @@ async def test_no_disk_to_back_up(make: Make, before: list[str]) -> None:
         device.removable = True
     assert failed_with(await world.back_up()) == "no-disks"
     await assert_undone(world, before)
+
+
+# Trouble with undoing ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trouble", [one for one in Trouble if one is not Trouble.KILLED])
+@pytest.mark.parametrize("command", ["query-jobs", "query-named-block-nodes", "blockdev-del", "query-fdsets"])
+async def test_what_could_not_be_undone_is_undone_by_the_next_run(
+    make: Make, before: list[str], command: str, trouble: Trouble
+) -> None:
+    world = make()
+    at_half(world, lambda: world.qemu.break_snapshot("vda"))
+    # Read errors are diagnosed with query-blockstats; what is asked from there on is asked by the undo.
+    world.qemu.before = lambda asked: asked.name == "query-blockstats" and world.troubles.on(command, trouble)
+    result = await world.back_up(run=OTHER_RUN)
+    world.qemu.before = lambda _command: None
+    assert result.outcome is Outcome.FAILED
+    assert world.qemu.running
+    world.troubles.when.clear()
+    world.qemu.during_copy = lambda _job: None
+    result = await world.back_up()
+    assert result.error is None, result.error
+    world.assert_copied(result.snapshot)
+    await world.assert_nothing_is_left(before)
 
 
 # A user who pauses the VM ------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ SHAPES = [
     Shape("direct", {"disks": SMALL}, Fleecing(enabled=False)),
     Shape("without discard-source", {"disks": SMALL, "discard_source": False}),
     Shape("paused", {"disks": {"vda": 256 << 10}, "running": False}),
-    Shape("growing", {"disks": {"vda": 6 * MIB, "vdb": 256 << 10}}, growing=True),
+    Shape("growing", {"disks": {"vda": 4 * MIB, "vdb": 256 << 10}}, growing=True),
 ]
 
 
