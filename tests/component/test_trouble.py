@@ -1,5 +1,6 @@
 """Whatever happens to whichever command of a run: the guest goes on, and nothing of ours stays anywhere."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
@@ -94,7 +95,10 @@ async def test_any_command_in_trouble(shape: Shape, trouble: Trouble, tmp_path: 
     assert result.outcome is Outcome.SUCCEEDED, result.error
     commands = list(world.qemu.executed)
     found = []
+    every = 1 if isinstance(asyncio.get_running_loop(), asyncio.SelectorEventLoop) else 3
     for index, command in enumerate(commands):
+        if index % every:  # the other loop tries them all
+            continue
         if trouble is Trouble.REFUSED and command.name in CANNOT_BE_REFUSED:
             continue
         world = shape.make(tmp_path)
