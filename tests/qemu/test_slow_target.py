@@ -35,8 +35,8 @@ FOUR = [
     DiskSpec("vdb", 14 * MIB, format="raw"),
 ]
 BLOCKS_MAIN_LOOP = pytest.mark.xfail(
-    reason="release() reopens the target to write out its metadata: that holds QEMU's main loop, and with it the"
-    " guest, for as long as the target takes (1.6 s for each disk at 1.25 MB/s)"
+    reason="now and then: release() reopens the target to write out its metadata, which holds QEMU's main loop, and"
+    " with it a guest without iothreads, for as long as the target takes (up to 5.7 s seen)"
 )
 
 
@@ -116,7 +116,11 @@ async def usual(vm: GuestVm) -> float:
     return await writes.per_second()
 
 
-async def test_with_fleecing_the_guest_goes_on_as_before(slowed: tuple[GuestVm, Machine], tmp_path: Path) -> None:
+async def test_with_fleecing_the_guest_goes_on_as_before(
+    slowed: tuple[GuestVm, Machine], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if slowed[1].shared:
+        request.applymarker(BLOCKS_MAIN_LOOP)
     await assert_goes_on(*slowed, tmp_path)
 
 
