@@ -35,7 +35,7 @@ FOUR = [
     DiskSpec("vdb", 14 * MIB, format="raw"),
 ]
 BLOCKS_MAIN_LOOP = pytest.mark.xfail(
-    reason="now and then: release() reopens the target to write out its metadata, which holds QEMU's main loop, and"
+    reason="now and then: release() reopens the target to write out metadata; it holds QEMU's main loop, and"
     " with it a guest without iothreads, for as long as the target takes (up to 5.7 s seen)"
 )
 
