@@ -76,7 +76,11 @@ class GrantKeeper:
 
     async def _answer(self, event: Event) -> None:
         for fleeced in list(self._fleeced.values()):
-            if fleeced.names.grant == event.data["node-name"]:
+            # One that was caught up already says a threshold that is not the current one.
+            if (fleeced.names.grant, fleeced.threshold_bytes) == (
+                event.data["node-name"],
+                event.data["write-threshold"],
+            ):
                 await self._grow(fleeced)
 
     async def _catch_up(self) -> None:

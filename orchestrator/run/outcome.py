@@ -109,7 +109,7 @@ class Facts:
             vm=vm,
             run=run,
             outcome=outcome,
-            snapshot=self.snapshot.id if self.snapshot and error is None else None,
+            snapshot=self.snapshot.id if self.snapshot else None,
             kind=Kind.FULL,
             reason=REASON_FULL,
             started=started,

@@ -131,7 +131,6 @@ async def test_a_guest_that_was_shut_down_is_no_obstacle_to_cancelling(tmp_path:
     await world.assert_nothing_is_listed()
 
 
-@pytest.mark.xfail(strict=True, reason="the result of a run cancelled after its commit names no snapshot")
 async def test_a_run_that_is_cancelled_once_its_snapshot_is_listed_names_it(tmp_path: Path) -> None:
     world = make_world(tmp_path)
     task = asyncio.ensure_future(world.back_up())
