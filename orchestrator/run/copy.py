@@ -86,6 +86,8 @@ class Watch:
             except TimeoutError:
                 try:
                     await self._requery()
+                    for event in events.received():  # sent before the reply: they say what failed
+                        self._fold(event.name, event.data)
                 except CommandTimeout:
                     if loop.time() - heard > SILENCE_SECONDS:
                         raise
