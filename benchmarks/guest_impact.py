@@ -1,6 +1,6 @@
 """`make bench`: what a backup costs the guest, side by side in one run. Prints ratios; trust those, not the times.
 
-1. How long the guest is paused for the snapshot of two disks, idle and writing all the time.
+1. How long the guest is held for the snapshot of two disks, idle and writing all the time.
 2. Backup to a target limited to 5 MB/s, of two disks of different size: with fleecing; with fleecing but without
    holding the jobs still while QEMU's graph changes; without fleecing.
 """
@@ -59,7 +59,7 @@ async def bed(workload: Workload) -> AsyncIterator[tuple[GuestVm, engine.Engine]
 
 async def pauses() -> None:
     """Part 1."""
-    table = Table("GUEST", "SNAPSHOTS", "PAUSED, MEDIAN", "PAUSED, MOST")
+    table = Table("GUEST", "SNAPSHOTS", "HELD, MEDIAN", "HELD, MOST")
     for name, workload in (("idle", Workload("idle")), ("writing all the time", BUSY)):
         async with bed(workload) as (_, opened):
             measured: list[float] = []

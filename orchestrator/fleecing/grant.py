@@ -1,7 +1,7 @@
 """Extending the grants of one run's images as they fill, by event.
 
-QEMU says once when an image is a quarter full (BLOCK_WRITE_THRESHOLD); we ask admission for more, tell QEMU the new
-limit and set the next threshold. Refused growth never blocks the guest: the image runs full, the snapshot
+QEMU says once when an image is a quarter full (BLOCK_WRITE_THRESHOLD); we ask admission for more, tell QEMU the
+new limit and set the next threshold. Refused growth never blocks the guest: the image runs full, the snapshot
 breaks, and the run ends as fleecing-full.
 """
 
