@@ -102,7 +102,7 @@ async def main() -> int:
             folder / "vm",
             [DiskSpec("vda", DISK_BYTES, iothread=True), DiskSpec("vdb", DISK_BYTES, format="raw")],
             Workload("sequence", rate=WRITES_PER_SECOND),
-            extra_args=slow_target.qemu_arguments(TARGET_BYTES_PER_SECOND),
+            extra_args=slow_target.qemu_arguments(TARGET_BYTES_PER_SECOND, disks=2),
         )
         async with vm:
             await vm.wait_ready()

@@ -45,7 +45,7 @@ async def bed(workload: Workload) -> AsyncIterator[tuple[GuestVm, engine.Engine]
     """A guest whose disks are full of data, and an engine that backs it up to a slow target."""
     with tempfile.TemporaryDirectory(prefix="vmfleece-bench-") as name:
         folder = Path(name)
-        limit = slow_target.qemu_arguments(demo.TARGET_BYTES_PER_SECOND)
+        limit = slow_target.qemu_arguments(demo.TARGET_BYTES_PER_SECOND, disks=len(DISKS))
         async with GuestVm(folder / "vm", DISKS, workload, extra_args=limit) as vm:
             await vm.wait_ready()
             if workload.kind != "idle":

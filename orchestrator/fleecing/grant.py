@@ -28,13 +28,17 @@ RETRY_SECONDS = 0.5
 
 @dataclass(slots=True)
 class Fleeced:
-    """A disk whose grant is looked after. `refused`: it asked for more and got nothing."""
+    """A disk whose grant is looked after.
+
+    `refused`: it asked for more and did not get it. `outgrown_bytes`: the grants that it had before.
+    """
 
     disk: Disk
     names: DiskNames
     grant_bytes: int
     threshold_bytes: int = 0
     refused: bool = False
+    outgrown_bytes: list[int] = field(default_factory=list)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -129,6 +133,7 @@ class GrantKeeper:
             self._controller.shrink(self._lease, fleeced.disk.id, fleeced.grant_bytes)
             log.warning("grant.failed", disk=fleeced.disk.id, error=error.description)
             return False
+        fleeced.outgrown_bytes.append(fleeced.grant_bytes)
         fleeced.grant_bytes = grant_bytes
         return True
 

@@ -53,7 +53,7 @@ async def attach_target(monitor: Monitor, names: DiskNames, descriptor: int) -> 
     fdset = await monitor.pass_descriptor(descriptor, opaque=names.target_file)
     await monitor.execute(commands.blockdev_add(commands.file_node(names.target_file, fdset)))
     await monitor.execute(commands.remove_fd(fdset))
-    await monitor.execute(commands.blockdev_add(commands.image_node(names.target, file=names.target_file)))
+    await monitor.execute(commands.blockdev_add(commands.target_node(names.target, file=names.target_file)))
 
 
 async def take_snapshot(monitor: Monitor, filters: Sequence[Filter], *, cbw_timeout_seconds: int) -> float:
@@ -128,7 +128,7 @@ async def release(monitor: Monitor, names: DiskNames, pauser: Pauser | None) -> 
     await _take_out(monitor, names.prefix, pauser, roles=FLEECING)
     try:
         # Reopening writes out the format driver's caches and reports errors (block.c, bdrv_reopen_prepare).
-        await monitor.execute(commands.reopen(commands.image_node(names.target, file=names.target_file)))
+        await monitor.execute(commands.reopen(commands.target_node(names.target, file=names.target_file)))
     except CommandFailed as error:
         raise TargetError(
             f"the backup could not be written out: {error.description}",

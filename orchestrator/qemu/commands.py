@@ -66,6 +66,14 @@ def image_node(name: str, *, file: str) -> dict[str, Any]:
     return {"driver": "qcow2", "node-name": name, "file": file, "discard": "unmap"}
 
 
+def target_node(name: str, *, file: str) -> dict[str, Any]:
+    """A qcow2 image that is written once, mostly in order: small caches, so that closing it has little to write.
+
+    QEMU writes them out in its main loop, and a guest without iothreads waits for that (docs/qcow2-cache).
+    """
+    return image_node(name, file=file) | {"l2-cache-size": 512 * 1024, "refcount-cache-size": 256 * 1024}
+
+
 def gate_node(name: str, *, file: str) -> dict[str, Any]:
     """A node that passes everything on, and whose `file` can be exchanged under a running guest."""
     return {"driver": "raw", "node-name": name, "file": file}

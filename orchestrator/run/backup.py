@@ -339,7 +339,10 @@ class _Run:
         free_bytes, refused, grant_bytes = sys.maxsize, False, 0
         if name is not None:
             fleeced = keeper.of(disk.plan.disk.id)
-            refused, grant_bytes = fleeced.refused, fleeced.grant_bytes
+            refused = fleeced.refused
+            # It may have run full just before it was extended.
+            grants = [*fleeced.outgrown_bytes, fleeced.grant_bytes]
+            grant_bytes = min(grants, key=lambda grant: abs(grant - disk.fleecing_peak_bytes))
             with contextlib.suppress(StorageError):  # the reason of the failure is worth more
                 free_bytes = (await asyncio.to_thread(self._means.storages[name].space)).free_bytes
         return copy.diagnose(

@@ -85,7 +85,7 @@ class DirectoryStorage(Storage):
 
     def space(self) -> Space:
         with self._explained("ask for its free space"):
-            status = os.statvfs(self.path)
+            status = os.statvfs(self._existing())
         floor = self._min_free
         if isinstance(floor, Share):
             floor = floor.of(status.f_blocks * status.f_frsize)
@@ -97,10 +97,17 @@ class DirectoryStorage(Storage):
             other = Path(os.path.realpath(image, strict=True))
             if other.is_relative_to(own):
                 return 1 + len(own.parts)
-            existing = next(path for path in (own, *own.parents) if path.exists())  # it may not be made yet
-            if existing.stat().st_dev == other.stat().st_dev:
+            if self._existing().stat().st_dev == other.stat().st_dev:
                 return 1
         return 0
+
+    def _existing(self) -> Path:
+        """The folder, or the one that it will be made in."""
+        own = Path(os.path.realpath(self.path))
+        existing = next(path for path in (own, *own.parents) if path.exists())
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
+        return existing
 
     @contextlib.contextmanager
     def _explained(self, act: str) -> Iterator[None]:

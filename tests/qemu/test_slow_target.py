@@ -14,10 +14,8 @@ import pytest
 import pytest_asyncio
 
 from benchmarks import slow_target
-from orchestrator.run.backup import Connect
 from tests.guest import images
 from tests.guest.vm import MIB, DiskSpec, GuestVm, Workload
-from tests.qemu import slow
 from tests.qemu.host import DIRECT, FLEECED, Host, assert_succeeded
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -34,28 +32,17 @@ FOUR = [
     DiskSpec("nvme", 9 * MIB, format="raw", bus="nvme"),
     DiskSpec("vdb", 14 * MIB, format="raw"),
 ]
-BLOCKS_MAIN_LOOP = pytest.mark.xfail(
-    reason="now and then: release() reopens the target to write out metadata; it holds QEMU's main loop, and"
-    " with it a guest without iothreads, for as long as the target takes (up to 5.7 s seen)"
-)
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Disks of different sizes, so that one is released while others still copy; do all share one limit?"""
+    """Disks of different sizes, so that one is released while others still copy."""
 
     disks: Sequence[DiskSpec]
-    shared: bool
 
     @property
     def limits(self) -> list[str]:
-        if self.shared:
-            return slow_target.qemu_arguments(TARGET_BYTES_PER_SECOND)
-        return slow.qemu_arguments(TARGET_BYTES_PER_SECOND, len(self.disks))
-
-    @property
-    def connect(self) -> Connect:
-        return slow_target.connect if self.shared else slow.connect
+        return slow_target.qemu_arguments(TARGET_BYTES_PER_SECOND, disks=len(self.disks))
 
     @contextlib.asynccontextmanager
     async def booted(self, folder: Path) -> AsyncIterator[GuestVm]:
@@ -72,19 +59,19 @@ class Machine:
 
 
 MACHINES = [
-    pytest.param(Machine(IOTHREADS, shared=False), id="two"),
-    pytest.param(Machine(FOUR, shared=True), id="four"),
+    pytest.param(Machine(IOTHREADS), id="two"),
+    pytest.param(Machine(FOUR), id="four"),
 ]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=MACHINES)
 async def slowed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[tuple[GuestVm, Machine]]:
+) -> AsyncIterator[GuestVm]:
     folder = tmp_path_factory.mktemp("vm")
     machine: Machine = request.param
     async with machine.booted(folder) as guest:
-        yield guest, machine
+        yield guest
     shutil.rmtree(folder)
 
 
@@ -116,24 +103,13 @@ async def usual(vm: GuestVm) -> float:
     return await writes.per_second()
 
 
-async def test_with_fleecing_the_guest_goes_on_as_before(
-    slowed: tuple[GuestVm, Machine], tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    if slowed[1].shared:
-        request.applymarker(BLOCKS_MAIN_LOOP)
-    await assert_goes_on(*slowed, tmp_path)
+async def test_with_fleecing_the_guest_goes_on_as_before(slowed: GuestVm, tmp_path: Path) -> None:
+    await assert_goes_on(slowed, tmp_path)
 
 
-@BLOCKS_MAIN_LOOP
-async def test_a_target_that_is_slow_to_close_holds_nobody(tmp_path: Path) -> None:
-    machine = Machine(FOUR, shared=False)
-    async with machine.booted(tmp_path / "vm") as vm:
-        await assert_goes_on(vm, machine, tmp_path)
-
-
-async def assert_goes_on(vm: GuestVm, machine: Machine, folder: Path) -> None:
+async def assert_goes_on(vm: GuestVm, folder: Path) -> None:
     """While it is backed up with fleecing, the guest writes at least half as much as before."""
-    host = Host(folder, vm, connect=machine.connect)
+    host = Host(folder, vm, connect=slow_target.connect)
     before = await usual(vm)
     writes = Writes(vm)
     await writes.begin()
@@ -151,12 +127,10 @@ async def assert_goes_on(vm: GuestVm, machine: Machine, folder: Path) -> None:
     print(f"{before:.0f} writes/s before, {during:.0f} during; stalls {stalls} s")  # noqa: T201
 
 
-async def test_without_fleecing_the_guest_waits_for_the_target(
-    slowed: tuple[GuestVm, Machine], tmp_path: Path
-) -> None:
+async def test_without_fleecing_the_guest_waits_for_the_target(slowed: GuestVm, tmp_path: Path) -> None:
     """The control: the same guest, the same target."""
-    vm, machine = slowed
-    host = Host(tmp_path, vm, connect=machine.connect)
+    vm = slowed
+    host = Host(tmp_path, vm, connect=slow_target.connect)
     before = await usual(vm)
     writes = Writes(vm)
     async with host.backing_up(DIRECT) as under_way:

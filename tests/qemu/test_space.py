@@ -40,7 +40,7 @@ async def vm(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[GuestVm]
         folder,
         [LARGE, SMALL],
         Workload("random", sweep=True),
-        extra_args=slow_target.qemu_arguments(TARGET_BYTES_PER_SECOND),
+        extra_args=slow_target.qemu_arguments(TARGET_BYTES_PER_SECOND, disks=1),
     )
     images.fill(guest.image_path("vda"), LARGE.size_bytes)
     async with guest:
@@ -53,7 +53,9 @@ async def vm(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[GuestVm]
 async def limit_target(vm: GuestVm, bytes_per_second: int) -> None:
     """Set what a slow target takes; 0: anything."""
     limits = {"bps-write": bytes_per_second, "bps-write-max": bytes_per_second}
-    await vm.execute("qom-set", {"path": f"/objects/{slow_target.GROUP}", "property": "limits", "value": limits})
+    await vm.execute(
+        "qom-set", {"path": f"/objects/{slow_target.group(0)}", "property": "limits", "value": limits}
+    )
 
 
 # --- fleecing images ---
