@@ -16,6 +16,7 @@ import structlog
 
 from orchestrator.errors import TargetError
 from orchestrator.qemu import tools
+from orchestrator.target import durable
 from orchestrator.target.base import Snapshot, Target
 
 log = structlog.get_logger(__name__)
@@ -111,11 +112,7 @@ async def _check_fits(size_bytes: int, device: Path) -> None:
 
 
 def _publish(written: Path, to: Path) -> None:
-    descriptor = os.open(written, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    durable.sync(written)
     if written != to:
         try:
             os.link(written, to)  # unlike a rename, this fails if the name was taken meanwhile
@@ -125,8 +122,4 @@ def _publish(written: Path, to: Path) -> None:
             written.rename(to)
         else:
             written.unlink()
-        folder = os.open(to.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        durable.sync(to.parent)

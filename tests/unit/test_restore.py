@@ -1,6 +1,8 @@
 """Giving disks back: only what is right gets its name, and nothing that was there is lost."""
 
 import asyncio
+import errno
+import os
 import subprocess
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -151,6 +153,18 @@ async def test_cancellation_leaves_no_file(
     assert names(out) == []
 
 
+async def test_a_file_system_without_hard_links(
+    target: ImagesTarget, snapshot: Snapshot, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_arguments: Any) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refused)
+    restored = await restore(target, snapshot, "vda", to=out / "vda.raw", image_format="raw")
+    assert names(out) == ["vda.raw"]
+    assert restored.sha256 == snapshot.disk("vda").sha256
+
+
 # --- block devices ---
 
 
@@ -165,6 +179,15 @@ def device(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
 
 
 LARGE = 2 * MIB
+
+
+@pytest.mark.parametrize("device", [LARGE], indirect=True)
+async def test_a_block_device_takes_no_qcow2(target: ImagesTarget, snapshot: Snapshot, device: Path) -> None:
+    before = device.read_bytes()
+    with pytest.raises(TargetError, match="a block device takes a disk as it is") as refused:
+        await restore(target, snapshot, "vda", to=device, image_format="qcow2", overwrite=True)
+    assert refused.value.code == "restore-path"
+    assert device.read_bytes() == before
 
 
 @pytest.mark.parametrize("device", [LARGE], indirect=True)

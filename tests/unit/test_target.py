@@ -457,7 +457,7 @@ async def test_a_rename_that_is_not_durable_is_undone(
 
     given_up, tried_again = await filled(images, vm="db01"), await filled(images)
     with monkeypatch.context() as patched:
-        patched.setattr(images_module, "sync_folder", broken)
+        patched.setattr(images_module.durable, "sync", broken)
         for draft in (given_up, tried_again):
             with pytest.raises(TargetError, match="Input/output error"):
                 await draft.commit(DETAILS)

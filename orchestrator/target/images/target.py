@@ -23,6 +23,7 @@ from orchestrator import aio
 from orchestrator.errors import TargetError, ToolError
 from orchestrator.model import Compression, Disk
 from orchestrator.qemu import tools
+from orchestrator.target import durable
 from orchestrator.target.base import Draft, Sink, Snapshot, SnapshotDisk, Target
 from orchestrator.target.images import manifest
 
@@ -224,8 +225,8 @@ class ImagesDraft(Draft):
                 os.fsync(self._lock)
                 self._partial.rename(self._final)
                 self._renamed = True
-            sync_folder(self._final.parent)
-            sync_folder(self._final.parent.parent)
+            durable.sync(self._final.parent)
+            durable.sync(self._final.parent.parent)
         os.close(self._lock)
         self._lock = -1
 
@@ -248,15 +249,6 @@ class ImagesDraft(Draft):
 
     def _path(self, disk: str) -> Path:
         return self._partial / manifest.disk_file(disk)
-
-
-def sync_folder(path: Path) -> None:
-    """Make a folder's entries durable: a rename is, only after this."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
