@@ -100,6 +100,7 @@ async def test_ten_backups_in_a_row_under_load(vm: GuestVm, tmp_path: Path) -> N
     """The guest writes without a break, through iothreads; the last snapshot of all is checked, too."""
     host = Host(tmp_path, vm)
     held_ms = []
+    paused = len(vm.pauses_seconds())
     for _ in range(BACKUPS):
         result = await host.back_up(FLEECED)
         assert_succeeded(result)
@@ -108,6 +109,8 @@ async def test_ten_backups_in_a_row_under_load(vm: GuestVm, tmp_path: Path) -> N
         assert vm.alive()
         assert await leftovers(vm) == []
         await vm.wait_writes(200)
+    # A stop can lose an interrupt, and the disk then hangs: this QEMU's guest is never stopped.
+    assert len(vm.pauses_seconds()) == paused
     await host.assert_as_before()
     snapshots = await host.snapshots()
     assert len(snapshots) == len({snapshot.id for snapshot in snapshots}) == BACKUPS
