@@ -42,10 +42,19 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         print("vmfleece: interrupted; everything was put back", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output (head, less) has seen enough.
-        sys.stderr.close()
         code = EXIT_FAILED
-    sys.exit(code)
+    sys.exit(code if _output_was_read() else code or EXIT_FAILED)
+
+
+def _output_was_read() -> bool:
+    """Whether all output found its reader; one that has seen enough (head, less) is no error of ours."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python tries again as it ends, and would exit with 120.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def _run(arguments: argparse.Namespace) -> int:
