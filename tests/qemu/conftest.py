@@ -14,7 +14,7 @@ SmallFileSystem = Callable[[str, int], Path]
 def small_file_system(tmp_path: Path) -> Iterator[SmallFileSystem]:
     """Yield a function that mounts a file system of so many MiB under a name; called again, it resizes it."""
     if os.geteuid() != 0:
-        pytest.skip("needs root: mounts a small file system")
+        pytest.fail("needs root: mounts a small file system")
     mounted: list[Path] = []
 
     def mount(name: str, size_mib: int) -> Path:
