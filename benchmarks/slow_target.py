@@ -17,13 +17,27 @@ from orchestrator.qemu.commands import Command, blockdev_add, blockdev_del
 from orchestrator.qemu.monitor import DEADLINE_SECONDS, Monitor
 
 
-class SlowTargetMonitor(Monitor):
-    """Passes everything on, and puts a throttle node under each target."""
+class PassingMonitor(Monitor):
+    """Passes everything on to a real one; `pipeline` is for those that change something."""
 
     def __init__(self, inner: qmp.QmpMonitor) -> None:
         super().__init__()
         self._inner = inner
         self._router = inner._router
+
+    async def pass_descriptor(self, descriptor: int, *, opaque: str) -> int:
+        return await self._inner.pass_descriptor(descriptor, opaque=opaque)
+
+    @property
+    def connected(self) -> bool:
+        return self._inner.connected
+
+    async def reconnect(self, *, deadline_seconds: float) -> None:
+        await self._inner.reconnect(deadline_seconds=deadline_seconds)
+
+
+class SlowTargetMonitor(PassingMonitor):
+    """Puts a throttle node under each target."""
 
     async def pipeline(
         self, commands: Sequence[Command], *, deadline_seconds: float = DEADLINE_SECONDS
@@ -48,16 +62,6 @@ class SlowTargetMonitor(Monitor):
                 sent.append(command)
         replies = await self._inner.pipeline(sent, deadline_seconds=deadline_seconds)
         return [reply for place, reply in enumerate(replies) if place not in own]
-
-    async def pass_descriptor(self, descriptor: int, *, opaque: str) -> int:
-        return await self._inner.pass_descriptor(descriptor, opaque=opaque)
-
-    @property
-    def connected(self) -> bool:
-        return self._inner.connected
-
-    async def reconnect(self, *, deadline_seconds: float) -> None:
-        await self._inner.reconnect(deadline_seconds=deadline_seconds)
 
 
 @contextlib.asynccontextmanager

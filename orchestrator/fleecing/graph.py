@@ -26,6 +26,7 @@ from typing import Any
 import structlog
 
 from orchestrator.errors import CommandFailed, MonitorError, TargetError
+from orchestrator.fleecing import image
 from orchestrator.fleecing.names import CBW, DISMANTLING, FLEECING, GATE, DiskNames, role_of
 from orchestrator.fleecing.pauser import Pauser
 from orchestrator.model import Disk
@@ -50,9 +51,7 @@ class Filter:
 
 async def attach_target(monitor: Monitor, names: DiskNames, descriptor: int) -> None:
     """Give QEMU the qcow2 file that a disk's content goes to. Undone by `dismantle`."""
-    fdset = await monitor.pass_descriptor(descriptor, opaque=names.target_file)
-    await monitor.execute(commands.blockdev_add(commands.file_node(names.target_file, fdset)))
-    await monitor.execute(commands.remove_fd(fdset))
+    await image.attach_file(monitor, names.target_file, descriptor)
     await monitor.execute(commands.blockdev_add(commands.target_node(names.target, file=names.target_file)))
 
 

@@ -39,12 +39,17 @@ async def _close(file: ImageFile) -> None:
     file.close()
 
 
-async def attach(monitor: Monitor, names: DiskNames, file: ImageFile, grant_bytes: int) -> None:
-    """Give the image to QEMU, limited to the grant. Undone by `graph.dismantle`."""
-    fdset = await monitor.pass_descriptor(file.descriptor, opaque=names.file)
-    await monitor.execute(commands.blockdev_add(commands.file_node(names.file, fdset)))
+async def attach_file(monitor: Monitor, name: str, descriptor: int) -> None:
+    """Give QEMU an open file as a node. Undone by `graph.dismantle`."""
+    fdset = await monitor.pass_descriptor(descriptor, opaque=name)
+    await monitor.execute(commands.blockdev_add(commands.file_node(name, fdset)))
     # The node has its own duplicate; the set goes when the node does.
     await monitor.execute(commands.remove_fd(fdset))
+
+
+async def attach(monitor: Monitor, names: DiskNames, file: ImageFile, grant_bytes: int) -> None:
+    """Give the image to QEMU, limited to the grant. Undone by `graph.dismantle`."""
+    await attach_file(monitor, names.file, file.descriptor)
     grant = commands.grant_node(names.grant, file=names.file, size_bytes=grant_bytes)
     await monitor.execute(commands.blockdev_add(grant))
     await monitor.execute(commands.blockdev_add(commands.image_node(names.image, file=names.grant)))

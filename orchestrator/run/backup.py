@@ -162,7 +162,7 @@ class _Run:
             self._capabilities = capabilities.from_schema(await monitor.execute(commands.QUERY_SCHEMA))
             if not self._capabilities.discard_source:
                 self._pauser = Pauser(monitor)
-            await survey.settle_leftovers(monitor, self._vm.name, self._capabilities, self._means.is_ours)
+            await survey.settle_leftovers(monitor, self._vm.name, self._pauser, self._means.is_ours)
             done = False
             while not done:
                 planned = await self._survey(monitor)

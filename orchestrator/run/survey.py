@@ -51,7 +51,7 @@ async def survey(
 
 
 async def settle_leftovers(
-    monitor: Monitor, vm: str, capabilities: Capabilities, is_ours: Callable[[str], bool]
+    monitor: Monitor, vm: str, pauser: Pauser | None, is_ours: Callable[[str], bool]
 ) -> None:
     """Take out what a dead process of ours left in this QEMU; leave a stranger's alone.
 
@@ -69,7 +69,6 @@ async def settle_leftovers(
                 code="foreign-run",
             )
         log.warning("leftovers.found", of_run=run)
-        pauser = None if capabilities.discard_source else Pauser(monitor)
         await graph.dismantle(monitor, run_prefix(run), pauser)
 
 

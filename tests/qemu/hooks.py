@@ -6,6 +6,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.slow_target import PassingMonitor
 from orchestrator.qemu import qmp
 from orchestrator.qemu.commands import Command
 from orchestrator.qemu.monitor import DEADLINE_SECONDS, Monitor
@@ -13,13 +14,11 @@ from orchestrator.qemu.monitor import DEADLINE_SECONDS, Monitor
 Act = Callable[[], Awaitable[object]]
 
 
-class HookedMonitor(Monitor):
+class HookedMonitor(PassingMonitor):
     """Passes everything on; acts once, before (or after) the first pipeline that holds the named command."""
 
     def __init__(self, inner: qmp.QmpMonitor, command: str, act: Act, *, after: bool) -> None:
-        super().__init__()
-        self._inner = inner
-        self._router = inner._router
+        super().__init__(inner)
         self._command = command
         self._act = act
         self._after = after
@@ -36,16 +35,6 @@ class HookedMonitor(Monitor):
         if hit and self._after:
             await self._act()
         return replies
-
-    async def pass_descriptor(self, descriptor: int, *, opaque: str) -> int:
-        return await self._inner.pass_descriptor(descriptor, opaque=opaque)
-
-    @property
-    def connected(self) -> bool:
-        return self._inner.connected
-
-    async def reconnect(self, *, deadline_seconds: float) -> None:
-        await self._inner.reconnect(deadline_seconds=deadline_seconds)
 
 
 class At:
