@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import structlog
 
@@ -84,6 +84,18 @@ async def all_or_first_error(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from failures
     return [task.result() for task in tasks]
+
+
+async def unless(interruption: Coroutine[Any, Any, NoReturn], work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`; if `interruption` raises before it is done, `work` is cancelled and that error comes out."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            waiting = group.create_task(interruption)
+            working = group.create_task(work)
+            working.add_done_callback(lambda _working: waiting.cancel())
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from failures
+    return working.result()
 
 
 async def in_thread(function: Callable[[A], T], argument: A, *, end: Callable[[], object]) -> T:

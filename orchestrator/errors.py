@@ -3,7 +3,8 @@
     VmfleeceError
     ├── ConfigError          the configuration or the command line is wrong   exit 2
     ├── MonitorError         QEMU's monitor
-    │   ├── ConnectFailed    nobody there, or somebody else is connected      retryable
+    │   ├── ConnectFailed    no monitor answers at the socket                 retryable
+    │   │   └── NobodyThere  nobody listens: no QEMU of that socket lives     retryable
     │   ├── ConnectionLost   it was there; outcome of running commands unknown retryable
     │   ├── CommandTimeout   no reply in time; outcome unknown                retryable
     │   └── CommandFailed    QEMU refused the command
@@ -70,6 +71,10 @@ class ConnectFailed(MonitorError):
 
     code = "vm-unreachable"
     retryable = True
+
+
+class NobodyThere(ConnectFailed):
+    """Nobody listens at the socket: a QEMU that did, and all that it held, is gone."""
 
 
 class ConnectionLost(MonitorError):

@@ -112,13 +112,17 @@ class ErrorReport:
 
 @dataclass(frozen=True, slots=True)
 class DiskResult:
-    """One disk of a finished run. `storage` None: it was backed up without fleecing."""
+    """One disk of a finished run. `storage` None: it was backed up without fleecing.
+
+    `grant_bytes` is its last grant there, `fleecing_peak_bytes` what it held at its fullest.
+    """
 
     disk: str
     size_bytes: int
     copied_bytes: int
     fleecing_peak_bytes: int
     storage: str | None
+    grant_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,73 +1,103 @@
 """The async shell around `decide`: who waits, who holds what, and waking up those that may start.
 
-Invariant: the grants of a storage never add up to more than its quota. Everything that changes them happens
-between two awaits on one loop, so no lock is needed. A lease that was admitted is released exactly once.
+Invariants: the grants of a storage never add up to more than its quota: the ledger refuses that. What is granted
+is in the ledger before anybody uses it, and leaves it only once nobody can use it any more. One thing is done at a
+time (`_turn`); what was begun is finished, also if who asked for it is cancelled.
+
+Growing comes before admitting: each admission is a turn of its own, so a grant that must grow waits for one at
+most; and what growing grants were refused is not given to new runs.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from contextvars import Context, copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 import structlog
 
-from orchestrator.admission import decide
-from orchestrator.errors import StorageError
-from orchestrator.storage.base import ImageFile, Space, Storage
+from orchestrator import aio
+from orchestrator.admission import decide, estimate
+from orchestrator.admission.accounts import Accounts
+from orchestrator.admission.lease import Lease, Waiting
+from orchestrator.admission.ledger.base import Grant, Holding, Ledger, Owner
+from orchestrator.admission.queue import HOST, Queue, Request, Slot
+from orchestrator.errors import FleecingError, StateError
+from orchestrator.storage.base import ImageFile, Storage
+from orchestrator.units import format_size
 
 log = structlog.get_logger(__name__)
 
-RECHECK_SECONDS = 5.0
-"""Others use the storage's file system as well: what did not fit may fit later without our doing."""
+WATCH_SECONDS = 1.0
+"""Others use the file systems as well: how often these are looked at while anybody holds or wants something."""
+BEAT_TURNS = 10
+"""A heartbeat each so many looks."""
+WORTH_BYTES = 1 << 20
+"""A run whose images occupy less frees nothing by giving way."""
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """What one disk's image may occupy, on which storage; `file` once it exists."""
-
-    storage: str
-    size_bytes: int
-    file: ImageFile | None = None
-
-
-@dataclass(slots=True)
-class Lease:
-    """What one run holds: its slots and a grant for each fleeced disk."""
-
-    request: decide.Request
-    grants: dict[str, Grant] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Waiter:
-    request: decide.Request
-    disks: Mapping[str, Grant]
-    on_wait: Callable[[str], None]
-    reason: str = ""
+    owner: Owner
+    request: Request
+    grants: Mapping[str, Grant]
+    on_wait: Callable[[Waiting], None]
+    told: frozenset[str] | None = None
     lease: Lease | None = None
-    admitted: asyncio.Event = field(default_factory=asyncio.Event)
+    error: StateError | None = None
+    decided: asyncio.Event = field(default_factory=asyncio.Event)
     context: Context = field(default_factory=copy_context)
 
 
 class Controller:
-    """Admits runs to storages, targets and the host, and extends their grants."""
+    """Admits runs to storages, targets and the host, and extends their grants.
+
+    `clock` is in seconds: how long requests wait. `accounts` answers what is held.
+    """
 
     def __init__(
         self,
         storages: Mapping[str, Storage],
+        ledger: Ledger,
         *,
         max_runs: int | None,
         target_max_runs: Mapping[str, int | None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._storages = storages
-        self._max_runs = max_runs
-        self._target_max_runs = target_max_runs
-        self._leases: list[Lease] = []
-        self._waiters: list[_Waiter] = []
+        self.accounts = Accounts(storages)
+        self._ledger = ledger
+        self._clock = clock
+        self._quotas = {name: storage.quota_bytes for name, storage in storages.items()}
+        limits = {HOST: max_runs}
+        limits |= {Slot("target", name): limit for name, limit in target_max_runs.items()}
+        limits |= {Slot("storage", name): storage.max_runs for name, storage in storages.items()}
+        self._queue = Queue({slot: limit for slot, limit in limits.items() if limit is not None})
+        self._waiters: dict[str, _Waiter] = {}
+        self._newcomers: list[_Waiter] = []
         self._arrivals = count()
-        self._unreadable: set[str] = set()
+        self._turn = asyncio.Lock()
+        self._busy = asyncio.Event()
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        """Take over what the ledger says that dead runs hold, and watch the storages, for the block.
+
+        Raises StateError where the ledger cannot be used.
+        """
+        try:
+            await self._reload()
+            for holding in self.accounts.stranded.values():
+                _warn_of(holding)
+            async with aio.background(self._watch()):
+                yield
+        finally:
+            await self._ledger.close()
+
+    # --- runs ---
 
     @asynccontextmanager
     async def admit(
@@ -78,117 +108,268 @@ class Controller:
         target: str,
         priority: int,
         disks: Mapping[str, Grant],
-        on_wait: Callable[[str], None],
+        on_wait: Callable[[Waiting], None],
+        monitor: str = "",
     ) -> AsyncIterator[Lease]:
         """Wait for everything the run needs to start, hold it for the block, then give it all back.
 
-        `on_wait` is told why it waits, each time the reason changes. Cancellation while waiting holds nothing.
+        `on_wait` is told why it waits, each time something else keeps it from starting. `monitor` is where the VM
+        can be asked if we die. Cancellation while waiting holds nothing. Raises StateError where the ledger cannot
+        be used.
         """
         totals: dict[str, int] = {}
         for grant in disks.values():
             totals[grant.storage] = totals.get(grant.storage, 0) + grant.size_bytes
-        request = decide.Request(run, vm, target, priority, next(self._arrivals), totals)
-        waiter = _Waiter(request, disks, on_wait)
-        self._waiters.append(waiter)
+        request = Request(run, vm, target, priority, self._clock(), next(self._arrivals), totals)
+        owner = Owner(socket.gethostname(), os.getpid(), run, vm, monitor)
+        waiter = self._waiters[run] = _Waiter(owner, request, disks, on_wait)
+        self._newcomers.append(waiter)
+        self._queue.add(request)
+        self._busy.set()
         try:
-            self._settle()
-            while waiter.lease is None:
-                try:
-                    async with asyncio.timeout(RECHECK_SECONDS):
-                        await waiter.admitted.wait()
-                except TimeoutError:
-                    self._settle()
+            await aio.finish(self._settle())
+            await waiter.decided.wait()
+            if waiter.error is not None:
+                raise waiter.error
+            assert waiter.lease is not None  # noqa: S101  decided, without an error
             yield waiter.lease
         finally:
-            if waiter.lease is None:
-                self._waiters.remove(waiter)
-            else:
-                self._leases.remove(waiter.lease)
-            self._settle()
+            await aio.finish(self._leave(waiter))
+
+    async def _leave(self, waiter: _Waiter) -> None:
+        run = waiter.request.run
+        async with self._turn:
+            lease = waiter.lease  # only now: it may have been admitted while it waited for its turn to leave
+            if self._waiters.pop(run, None) is not None:
+                self._queue.remove(run)
+            if lease is not None:
+                if lease.grants and not lease.stranded:
+                    await self._give_back(lease)
+                del self.accounts.leases[run]
+                if lease.grants:
+                    holding = Holding(waiter.owner, dict(lease.grants), time.time())
+                    self.accounts.stranded[run] = holding
+                    _warn_of(holding)
+        await self._settle()
+
+    async def _give_back(self, lease: Lease, disk: str | None = None) -> None:
+        """Give back one disk's grant, or all of them; they stay where the ledger cannot be written."""
+        try:
+            await self._ledger.give_back(lease.request.run, disk)
+        except StateError as error:
+            lease.stranded = True
+            log.warning("ledger.unusable", error=str(error))
+            return
+        for name in list(lease.grants) if disk is None else [disk]:
+            lease.drop(name)
+
+    # --- grants of admitted runs ---
 
     def attach(self, lease: Lease, disk: str, file: ImageFile) -> None:
         """Say which file a grant is used by: what it occupies already is not reserved twice."""
-        lease.grants[disk] = Grant(lease.grants[disk].storage, lease.grants[disk].size_bytes, file)
+        lease.files[disk] = file
 
-    def grow(self, lease: Lease, disk: str, wanted_bytes: int) -> int:
-        """Extend a grant towards `wanted_bytes` in all; returns the new size, the old one if refused."""
-        grant = lease.grants[disk]
-        more = decide.growth(self._storage_state(grant.storage), max(0, wanted_bytes - grant.size_bytes))
-        lease.grants[disk] = Grant(grant.storage, grant.size_bytes + more, grant.file)
-        return grant.size_bytes + more
+    async def grow(self, lease: Lease, disk: str, wanted_bytes: int) -> int:
+        """Extend a grant towards `wanted_bytes` in all, by whole clusters; returns its size now.
 
-    def shrink(self, lease: Lease, disk: str, size_bytes: int) -> None:
+        What is refused is kept from new runs until it was asked for again, or the disk is done.
+        """
+        return await aio.finish(self._grow(lease, disk, wanted_bytes))
+
+    async def _grow(self, lease: Lease, disk: str, wanted_bytes: int) -> int:
+        async with self._turn:
+            grant = lease.grants[disk]
+            lease.unmet_bytes.pop(disk, None)
+            missing_bytes = max(0, wanted_bytes - grant.size_bytes)
+            more_bytes = estimate.whole(decide.growth(self.accounts.storage_state(grant.storage), missing_bytes))
+            if more_bytes:
+                await self._resize(lease, disk, grant.size_bytes + more_bytes)
+            size_bytes = lease.grants[disk].size_bytes
+            if size_bytes < wanted_bytes:
+                lease.unmet_bytes[disk] = wanted_bytes - size_bytes
+                lease.room.clear()
+            return size_bytes
+
+    async def shrink(self, lease: Lease, disk: str, size_bytes: int) -> None:
         """Take back an extension that QEMU did not carry out."""
+
+        async def act() -> None:
+            async with self._turn:
+                await self._resize(lease, disk, size_bytes)
+            await self._settle()
+
+        await aio.finish(act())
+
+    async def _resize(self, lease: Lease, disk: str, size_bytes: int) -> None:
+        """Resize a grant as far as its quota allows; it stays as it is where the ledger cannot be written."""
         grant = lease.grants[disk]
-        lease.grants[disk] = Grant(grant.storage, size_bytes, grant.file)
-        self._settle()
-
-    def release(self, lease: Lease, disk: str) -> None:
-        """Give back one disk's grant before the run ends. May be called again."""
-        if lease.grants.pop(disk, None) is not None:
-            self._settle()
-
-    def granted_bytes(self, storage: str) -> int:
-        """What all runs together hold of a storage."""
-        return sum(
-            grant.size_bytes
-            for lease in self._leases
-            for grant in lease.grants.values()
-            if grant.storage == storage
-        )
-
-    def waiting(self) -> dict[str, str]:
-        """Why each waiting run waits."""
-        return {waiter.request.run: waiter.reason for waiter in self._waiters}
-
-    def _settle(self) -> None:
-        """Admit whoever may start now and tell the others why not."""
-        decision = decide.admissible(self._state(), [waiter.request for waiter in self._waiters])
-        admitted = {request.run for request in decision.admitted}
-        for waiter in [waiter for waiter in self._waiters if waiter.request.run in admitted]:
-            self._waiters.remove(waiter)
-            waiter.lease = Lease(waiter.request, dict(waiter.disks))
-            self._leases.append(waiter.lease)
-            waiter.admitted.set()
-        for waiter in self._waiters:
-            reason = decision.waiting[waiter.request.run]
-            if reason != waiter.reason:
-                waiter.reason = reason
-                # Whoever settles is another run: what is logged must carry the waiting run's names.
-                waiter.context.run(waiter.on_wait, reason)
-
-    def _state(self) -> decide.State:
-        on_target: dict[str, int] = {}
-        for lease in self._leases:
-            on_target[lease.request.target] = on_target.get(lease.request.target, 0) + 1
-        return decide.State(
-            decide.Slots(len(self._leases), self._max_runs),
-            {name: decide.Slots(on_target.get(name, 0), limit) for name, limit in self._target_max_runs.items()},
-            {name: self._storage_state(name) for name in self._storages},
-        )
-
-    def _storage_state(self, name: str) -> decide.StorageState:
-        storage = self._storages[name]
-        grants = [grant for lease in self._leases for grant in lease.grants.values() if grant.storage == name]
-        granted_bytes = sum(grant.size_bytes for grant in grants)
-        used_bytes = sum(grant.file.used_bytes() for grant in grants if grant.file)
-        space = self._space(storage)
-        return decide.StorageState(
-            quota_bytes=storage.quota_bytes,
-            granted_bytes=granted_bytes,
-            spare_bytes=space.free_bytes - space.floor_bytes - (granted_bytes - used_bytes),
-            runs=sum(1 for lease in self._leases if name in lease.request.grants),
-            max_runs=storage.max_runs,
-        )
-
-    def _space(self, storage: Storage) -> Space:
-        """A storage that cannot be asked grants nothing; runs on other storages go on."""
         try:
-            space = storage.space()
-        except StorageError as error:
-            if storage.name not in self._unreadable:
-                self._unreadable.add(storage.name)
-                log.warning("storage.unreadable", storage=storage.name, error=str(error))
-            return Space(free_bytes=0, floor_bytes=0)
-        self._unreadable.discard(storage.name)
-        return space
+            size_bytes = await self._ledger.resize(
+                lease.request.run, disk, size_bytes, self._quotas[grant.storage]
+            )
+        except StateError as error:
+            log.warning("ledger.unusable", error=str(error))
+            return
+        lease.grants[disk] = replace(grant, size_bytes=size_bytes)
+
+    async def release(self, lease: Lease, disk: str) -> None:
+        """Give back one disk's grant before the run ends. May be called again."""
+
+        async def act() -> None:
+            async with self._turn:
+                if disk in lease.grants:
+                    lease.unmet_bytes.pop(disk, None)  # it grows no more, also if the ledger cannot be written
+                    await self._give_back(lease, disk)
+            await self._settle()
+
+        await aio.finish(act())
+
+    # --- grants of dead runs ---
+
+    def stranded(self) -> list[Owner]:
+        """Whose grants are kept although their runs are over: a QEMU of this host may still hold their images."""
+        host = socket.gethostname()
+        return [holding.owner for holding in self.accounts.stranded.values() if holding.owner.host == host]
+
+    async def forget(self, owners: Sequence[Owner]) -> None:
+        """Give back the grants of dead runs of which nothing lives any more. Raises StateError."""
+
+        async def act() -> None:
+            async with self._turn:
+                for owner in owners:
+                    if owner.run in self.accounts.stranded:
+                        await self._ledger.give_back(owner.run)
+                        holding = self.accounts.stranded.pop(owner.run)
+                        log.info(
+                            "grant.recovered", vm=owner.vm, run=owner.run, granted_bytes=holding.granted_bytes
+                        )
+            await self._settle()
+
+        await aio.finish(act())
+
+    # --- deciding ---
+
+    def waiting(self) -> dict[str, Waiting]:
+        """Why each waiting run waits, in order."""
+        decision = self._decide()
+        first = {request.line: decision.obstacles(request) for request in decision.stopped()}
+        return {
+            request.run: Waiting(first.get(request.line, ()), self._queue.ahead(request))
+            for request in self._queue
+        }
+
+    def _decide(self) -> decide.Decision:
+        return decide.decide(self.accounts.state(self._queue.storages()), self._queue)
+
+    async def _settle(self) -> None:
+        """Admit whoever may start now, each in a turn of its own, and tell the others what they lack."""
+        while self._queue:
+            async with self._turn:
+                decision = self._decide()
+                self._tell(decision)
+                if not decision.admitted or not await self._start(self._waiters[decision.admitted[0].run]):
+                    break
+        for lease in self.accounts.leases.values():
+            storages = {lease.grants[disk].storage for disk in lease.unmet_bytes}
+            if any(self.accounts.storage_state(name).free_bytes for name in storages):
+                lease.room.set()
+
+    async def _start(self, waiter: _Waiter) -> bool:
+        """Grant it what it asked for; whether it waits no more."""
+        request = waiter.request
+        try:
+            if waiter.grants and not await self._ledger.take(waiter.owner, waiter.grants, self._quotas):
+                await self._reload()  # another host was faster
+                return False
+        except StateError as error:
+            waiter.error = error
+        else:
+            waiter.lease = self.accounts.leases[request.run] = Lease(request, dict(waiter.grants))
+        self._queue.remove(request.run)
+        del self._waiters[request.run]
+        waiter.decided.set()
+        return True
+
+    async def _reload(self) -> None:
+        """What others hold, as the ledger has it."""
+        holdings = await self._ledger.holdings()
+        self.accounts.stranded = {
+            holding.owner.run: holding for holding in holdings if holding.owner.run not in self.accounts.leases
+        }
+
+    def _tell(self, decision: decide.Decision) -> None:
+        """Tell the first of each line what it lacks, if that is something new, and newcomers that they wait."""
+        for first in decision.stopped():
+            self._tell_one(self._waiters[first.run], Waiting(decision.obstacles(first)))
+        admitted = {request.run for request in decision.admitted}
+        newcomers, self._newcomers = self._newcomers, []
+        for waiter in newcomers:
+            if waiter.request.run in admitted:
+                self._newcomers.append(waiter)  # it starts in a turn of its own, or not
+            elif waiter.told is None and waiter.request.run in self._waiters:
+                self._tell_one(waiter, Waiting((), self._queue.ahead(waiter.request)))
+
+    def _tell_one(self, waiter: _Waiter, waiting: Waiting) -> None:
+        lacks = frozenset(obstacle.resource for obstacle in waiting.obstacles)
+        if lacks != waiter.told:
+            waiter.told = lacks
+            # Whoever settles is another run: what is logged must carry the waiting run's names.
+            waiter.context.run(waiter.on_wait, waiting)
+
+    # --- watching ---
+
+    async def _watch(self) -> None:
+        """Look at the storages while anybody holds or wants something of them. Runs until cancelled."""
+        for turn in count():
+            if not self.accounts.leases and not self._waiters:
+                self._busy.clear()
+                await self._busy.wait()
+            await asyncio.sleep(WATCH_SECONDS)
+            try:
+                async with self._turn:
+                    if turn % BEAT_TURNS == 0:
+                        await self._ledger.beat(list(self.accounts.leases))
+                    await self._reload()
+            except StateError as error:
+                log.warning("ledger.unusable", error=str(error))
+            for name in self._quotas:
+                self._keep_floor(name)
+            await aio.finish(self._settle())
+
+    def _keep_floor(self, name: str) -> None:
+        """Have the last run in order give way if others have filled the file system below its floor."""
+        space = self.accounts.space(name)
+        self.accounts.used_bytes(name)
+        leases = [lease for lease in self.accounts.leases.values() if name in lease.request.grants]
+        if space is None or space.free_bytes >= space.floor_bytes or any(lease.gives_way for lease in leases):
+            return
+        worth = [lease for lease in leases if lease.used_bytes(name) >= WORTH_BYTES]
+        if not worth:
+            return
+        last = max(worth, key=lambda lease: lease.request.rank)
+        log.warning(
+            "storage.low",
+            storage=name,
+            free_bytes=space.free_bytes,
+            floor_bytes=space.floor_bytes,
+            gives_way=last.request.run,
+        )
+        last.give_way(
+            FleecingError(
+                f"storage {name}: {format_size(space.free_bytes)} free on its file system, less than its min_free"
+                f" ({format_size(space.floor_bytes)}); this run came last in order and gave way",
+                hint="others write there as well: free some space, or lower the storage's quota",
+                code="storage-low",
+            )
+        )
+
+
+def _warn_of(holding: Holding) -> None:
+    log.warning(
+        "grant.stranded",
+        vm=holding.owner.vm,
+        run=holding.owner.run,
+        owner_host=holding.owner.host,
+        owner_process=holding.owner.process,
+        granted_bytes=holding.granted_bytes,
+    )

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import uvloop
 
 from orchestrator import __version__, config, log
-from orchestrator.cli import backup, daemon, snapshot, vm
+from orchestrator.cli import backup, daemon, snapshot, status, vm
 from orchestrator.cli import config as config_command
 from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, VmfleeceError
 
@@ -73,6 +73,8 @@ def _run(arguments: argparse.Namespace) -> int:
             command = backup.list_jobs if arguments.action == "list" else backup.run_job
         case "restore":
             command = snapshot.restore
+        case "status":
+            command = status.status
         case _:
             command = daemon.daemon
     loaded = config.load(path)
@@ -151,6 +153,8 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("daemon", parents=[common], help="the service: run jobs when they are due")
     _add_actions(commands, common, reporting)
+    one = commands.add_parser("status", parents=[common, reporting], help="storages, runs, and why others wait")
+    one.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
     one = commands.add_parser("backup", parents=[common, reporting], help="back up VMs now")
     one.add_argument("vms", nargs="+", metavar="VM", help="names as configured, or patterns such as 'web*'")
     one.add_argument("--target", metavar="T", help="where to (default: the only one configured)")

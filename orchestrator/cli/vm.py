@@ -52,7 +52,8 @@ async def show(config: Config, arguments: argparse.Namespace) -> int:
         plan, refusal = None, None
         try:
             fleecing = Fleecing(policy=FleecingPolicy.PREFER)
-            plan = await survey(monitor, vm, fleecing, engine.storages(config), features)
+            storages = engine.storages_for_plans(config, engine.storages(config))
+            plan = await survey(monitor, vm, fleecing, storages, features)
         except VmfleeceError as error:
             refusal = error
     planned = {one.disk.id: one for one in plan.disks} if plan else {}

@@ -131,7 +131,7 @@ def _config(path: Path, draft: Draft, settings: tuple[Setting, ...]) -> Config:
             log_level=daemon.log_level,
         ),
         storage={
-            name: StorageSettings(name, table.path, table.quota, table.min_free, table.max_runs)
+            name: StorageSettings(name, table.path, table.quota, table.min_free, table.first_grant, table.max_runs)
             for name, table in draft.storage.items()
         },
         target={

@@ -16,11 +16,11 @@ from orchestrator.config.values import (
     CbwTimeout,
     Duration,
     MaxRuns,
-    MinFree,
     Name,
     Patterns,
     Quota,
     Rate,
+    ShareOrSize,
     Socket,
     one_of,
     read_fleecing,
@@ -74,9 +74,15 @@ class StorageTable(Table):
         description="What all fleecing images of the storage together never exceed.",
         example="200GiB",
     )
-    min_free: MinFree = _key(
+    min_free: ShareOrSize = _key(
         "10%",
         description="What always stays free on the file system: a share of it, or a size.",
+        example="10%",
+    )
+    first_grant: ShareOrSize = _key(
+        "10%",
+        description="What a fleecing image is granted first where no past backup of the VM tells: a share of its "
+        "disk, or a size.",
         example="10%",
     )
     max_runs: MaxRuns | None = _key(

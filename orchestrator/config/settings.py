@@ -45,6 +45,7 @@ class StorageSettings:
     path: Path
     quota_bytes: int
     min_free: Share | int
+    first_grant: Share | int
     max_runs: int | None = None
 
 

@@ -114,7 +114,7 @@ AbsolutePath = Annotated[
 ]
 Socket = Annotated[AbsolutePath, AfterValidator(_check_socket)]
 Quota = Annotated[int, AfterValidator(_check_quota), BeforeValidator(parse_size), _text_or_number("integer")]
-MinFree = Annotated[Share | int, BeforeValidator(parse_share_or_size), _text_or_number("integer")]
+ShareOrSize = Annotated[Share | int, BeforeValidator(parse_share_or_size), _text_or_number("integer")]
 Rate = Annotated[int, BeforeValidator(parse_rate), _text_or_number("integer")]
 Duration = Annotated[float, BeforeValidator(parse_duration), _text_or_number("number")]
 CbwTimeout = Annotated[int, BeforeValidator(_parse_cbw_timeout), _text_or_number("number")]

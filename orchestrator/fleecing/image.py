@@ -1,34 +1,31 @@
-"""A fleecing image: a nameless qcow2 file that QEMU may fill up to its grant.
+"""A fleecing image: a nameless qcow2 file that QEMU may fill up to the limit of its grant.
 
-    qcow2 ── raw{size=grant} ── file(/dev/fdset/N)
+    qcow2 ── raw{size=limit} ── file(/dev/fdset/N)
 
 The file is as long as the image can become at most, sparse: QEMU caches its length, the raw layer is the limit.
 """
 
 import asyncio
+import fcntl
 import os
 
 from orchestrator import aio
-from orchestrator.errors import ToolError
 from orchestrator.fleecing.names import DiskNames
 from orchestrator.qemu import commands, tools
 from orchestrator.qemu.monitor import Monitor
 from orchestrator.storage.base import ImageFile, Storage
 
 
-async def create(storage: Storage, *, disk_bytes: int, length_bytes: int) -> ImageFile:
-    """An empty image for a disk, open. Raises StorageError, ToolError; cancellation leaves nothing."""
-    file = await aio.acquire(asyncio.to_thread(storage.create), _close)
+async def create(storage: Storage, *, name: str, disk_bytes: int, length_bytes: int) -> ImageFile:
+    """An empty image for a disk, open. `name` is for a storage whose files need one.
+
+    Raises StorageError, ToolError; cancellation leaves nothing.
+    """
+    file = await aio.acquire(asyncio.to_thread(storage.create, name, length_bytes), _close)
     try:
         await tools.create_qcow2(file.descriptor, disk_bytes)
-        try:
-            # Closed only once the thread is done with it: its number may be another file's by then.
-            await aio.finish(asyncio.to_thread(os.ftruncate, file.descriptor, length_bytes))
-        except OSError as error:
-            raise ToolError(
-                f"storage {storage.name}: cannot make a sparse file of {length_bytes} bytes: {error.strerror}",
-                hint="its file system must allow sparse files as large as the VM's largest disk",
-            ) from error
+        # Closed only once the thread is done with it: its number may be another file's by then.
+        await aio.finish(asyncio.to_thread(file.extend, length_bytes))
     except BaseException:
         file.close()
         raise
@@ -39,25 +36,27 @@ async def _close(file: ImageFile) -> None:
     file.close()
 
 
-async def attach_file(monitor: Monitor, name: str, descriptor: int) -> None:
-    """Give QEMU an open file as a node. Undone by `graph.dismantle`."""
+async def attach_file(monitor: Monitor, name: str, descriptor: int, *, direct: bool = False) -> None:
+    """Give QEMU an open file as a node; `direct`: past the host's cache. Undone by `graph.dismantle`."""
+    if direct:  # QEMU looks for a descriptor that is open so (monitor/fds.c)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
     fdset = await monitor.pass_descriptor(descriptor, opaque=name)
-    await monitor.execute(commands.blockdev_add(commands.file_node(name, fdset)))
+    await monitor.execute(commands.blockdev_add(commands.file_node(name, fdset, direct=direct)))
     # The node has its own duplicate; the set goes when the node does.
     await monitor.execute(commands.remove_fd(fdset))
 
 
-async def attach(monitor: Monitor, names: DiskNames, file: ImageFile, grant_bytes: int) -> None:
-    """Give the image to QEMU, limited to the grant. Undone by `graph.dismantle`."""
-    await attach_file(monitor, names.file, file.descriptor)
-    grant = commands.grant_node(names.grant, file=names.file, size_bytes=grant_bytes)
+async def attach(monitor: Monitor, names: DiskNames, file: ImageFile, limit_bytes: int) -> None:
+    """Give the image to QEMU, which keeps it below the limit. Undone by `graph.dismantle`."""
+    await attach_file(monitor, names.file, file.descriptor, direct=file.direct)
+    grant = commands.grant_node(names.grant, file=names.file, size_bytes=limit_bytes)
     await monitor.execute(commands.blockdev_add(grant))
     await monitor.execute(commands.blockdev_add(commands.image_node(names.image, file=names.grant)))
 
 
-async def extend(monitor: Monitor, names: DiskNames, grant_bytes: int) -> None:
+async def extend(monitor: Monitor, names: DiskNames, limit_bytes: int) -> None:
     """Set the limit anew, while guest and job go on (not on a QEMU without discard-source: it aborts)."""
-    grant = commands.grant_node(names.grant, file=names.file, size_bytes=grant_bytes)
+    grant = commands.grant_node(names.grant, file=names.file, size_bytes=limit_bytes)
     await monitor.execute(commands.reopen(grant))
 
 

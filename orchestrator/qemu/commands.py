@@ -36,17 +36,18 @@ def set_drive(device_path: str, node: str) -> Command:
     return Command("qom-set", {"path": device_path, "property": "drive", "value": node})
 
 
-def file_node(name: str, fdset: int) -> dict[str, Any]:
-    """A file that was passed as a descriptor. QEMU never flushes it, which would hold up the guest.
+def file_node(name: str, fdset: int, *, direct: bool = False) -> dict[str, Any]:
+    """A file that was passed as a descriptor; `direct`: past the host's cache.
 
-    Fleecing data needs no flush, it dies with QEMU; a target's file is flushed by us once QEMU has closed it.
+    QEMU never flushes it, which would hold up the guest. Fleecing data needs no flush, it dies with QEMU; a
+    target's file is flushed by us once QEMU has closed it.
     """
     return {
         "driver": "file",
         "node-name": name,
         "filename": f"/dev/fdset/{fdset}",
         "discard": "unmap",
-        "cache": {"no-flush": True},
+        "cache": {"no-flush": True, "direct": direct},
     }
 
 

@@ -7,6 +7,7 @@ a QEMU that stopped reading can be left (`shutdown`), and so that `send_fds` can
 
 import asyncio
 import contextlib
+import errno
 import logging
 import socket
 from collections.abc import AsyncIterator, Sequence
@@ -31,6 +32,7 @@ from orchestrator.errors import (
     ConnectFailed,
     ConnectionLost,
     MonitorError,
+    NobodyThere,
 )
 from orchestrator.qemu.commands import QUERY_STATUS, Command, add_fd
 from orchestrator.qemu.monitor import (
@@ -117,7 +119,8 @@ class QmpMonitor(Monitor):
             dialled.connect(str(self._path))
         except OSError as error:
             dialled.close()
-            raise ConnectFailed(
+            failure = NobodyThere if error.errno in (errno.ENOENT, errno.ECONNREFUSED) else ConnectFailed
+            raise failure(
                 f"VM {self._vm}: cannot connect to {self._path}: {error.strerror}",
                 hint="is the VM running, with -qmp unix:PATH,server=on,wait=off, and may this"
                 " user open the socket?",

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,10 @@ import structlog
 
 from orchestrator import aio
 from orchestrator.admission import estimate
-from orchestrator.admission.controller import Controller, Grant, Lease
-from orchestrator.errors import ConnectFailed, StorageError, VmfleeceError
+from orchestrator.admission.controller import Controller
+from orchestrator.admission.lease import Lease, Waiting
+from orchestrator.admission.ledger.base import Grant
+from orchestrator.errors import NobodyThere, StorageError, VmfleeceError
 from orchestrator.fleecing import graph, image
 from orchestrator.fleecing.grant import GrantKeeper
 from orchestrator.fleecing.names import DiskNames, run_prefix
@@ -44,13 +46,14 @@ from orchestrator.qemu.monitor import Monitor
 from orchestrator.run import copy, survey
 from orchestrator.run.outcome import CANCELLED, DiskRun, Facts, log_result
 from orchestrator.run.plan import Plan
-from orchestrator.storage.base import Storage
+from orchestrator.run.survey import Storages
 from orchestrator.target.base import Draft, Target
 
 log = structlog.get_logger(__name__)
 
 UNDO_STEP_SECONDS = 120.0
 UNDO_RECONNECT_SECONDS = 20.0
+TAKE_OUT = "take everything out of QEMU"
 
 
 class Connect(Protocol):
@@ -63,7 +66,7 @@ class Connect(Protocol):
 class Means:
     """What runs share. `is_ours` tells whether a run's id is in our catalogue: its leftovers are ours."""
 
-    storages: Mapping[str, Storage]
+    storages: Storages
     targets: Mapping[str, Target]
     controller: Controller
     is_ours: Callable[[str], bool]
@@ -163,11 +166,12 @@ class _Run:
             if not self._capabilities.discard_source:
                 self._pauser = Pauser(monitor)
             await survey.settle_leftovers(monitor, self._vm.name, self._pauser, self._means.is_ours)
+            await self._forget_dead_runs()
             done = False
             while not done:
                 planned = await self._survey(monitor)
                 for name in {one.storage for one in planned.disks if one.storage is not None}:
-                    await asyncio.to_thread(self._means.storages[name].prepare)
+                    await asyncio.to_thread(self._means.storages.by_name[name].prepare)
                 async with self._admit(planned) as lease:
                     # It may have waited for hours: the VM is asked again.
                     await monitor.reconnect(deadline_seconds=copy.RECONNECT_SECONDS)
@@ -179,14 +183,23 @@ class _Run:
                         await self._back_up(monitor, lease, planned, started)
                         done = True
                     finally:
-                        await self._clean_up()
+                        await self._clean_up(lease)
 
-    async def _clean_up(self) -> None:
+    async def _forget_dead_runs(self) -> None:
+        """Their images are out of this QEMU: nothing holds them any more."""
+        controller = self._means.controller
+        dead = [
+            one for one in controller.stranded() if (one.vm, one.monitor) == (self._vm.name, str(self._vm.qmp))
+        ]
+        await controller.forget(dead)
+
+    async def _clean_up(self, lease: Lease) -> None:
         try:
             self._enter(Phase.CLEANING)
         finally:  # also if nobody can be told any more: the command's output may be closed
             failed = await self._undo.unwind(step_deadline_seconds=UNDO_STEP_SECONDS)
             self._facts.warnings += [f"could not undo: {step}" for step in failed]
+            lease.stranded = TAKE_OUT in failed
 
     async def _survey(self, monitor: Monitor) -> Plan:
         return await survey.survey(
@@ -209,13 +222,14 @@ class _Run:
                 if one.storage is not None
             },
             on_wait=self._waiting,
+            monitor=str(self._vm.qmp),
         )
 
     async def _back_up(self, monitor: Monitor, lease: Lease, planned: Plan, started: datetime) -> None:
         self._enter(Phase.PREPARING)
         draft = await self._means.targets[self._options.target].begin(self._vm.name, started)
         self._undo.push("remove the unfinished snapshot", draft.abort)
-        self._undo.push("take everything out of QEMU", lambda: self._dismantle(monitor))
+        self._undo.push(TAKE_OUT, lambda: self._dismantle(monitor))
         self._facts.disks = [
             DiskRun(one, DiskNames(self._run, number)) for number, one in enumerate(planned.disks)
         ]
@@ -236,11 +250,12 @@ class _Run:
             quiet.jobs = {disk.names.job for disk in self._facts.disks}
             speed = self._speed(quiet)
             starting = commands.start_backups([self._job(disk, speed) for disk in self._facts.disks])
-            async with aio.background(keeper.serve()):  # old data comes already, before the jobs run
+            async with aio.background(keeper.serve(), keeper.ask_again()):  # old data comes before the jobs run
                 await monitor.execute(starting)
-                await aio.all_or_first_error(
+                finishing = aio.all_or_first_error(
                     self._finish(gear, disk, watch) for disk, watch in zip(self._facts.disks, watches, strict=True)
                 )
+                await aio.unless(lease.giving_way(), finishing)
         self._enter(Phase.COMMITTING)
         self._facts.snapshot = await draft.commit(self._facts.details(self._run, self._options))
         log.info("snapshot.committed", snapshot=draft.snapshot_id, target=self._options.target)
@@ -254,13 +269,15 @@ class _Run:
         if disk.plan.storage is None:
             return
         disk.file = await image.create(
-            self._means.storages[disk.plan.storage],
+            self._means.storages.by_name[disk.plan.storage],
+            name=disk.names.prefix.removesuffix("-"),
             disk_bytes=disk.plan.disk.size_bytes,
-            length_bytes=estimate.worst_case(disk.plan.disk.size_bytes),
+            length_bytes=estimate.worst_length(disk.plan.disk.size_bytes),
         )
         self._undo.push("close a fleecing image", partial(_close, disk))
         self._means.controller.attach(gear.lease, disk.plan.disk.id, disk.file)
-        await image.attach(gear.monitor, disk.names, disk.file, disk.plan.grant_bytes)
+        await image.attach(gear.monitor, disk.names, disk.file, estimate.limit(disk.plan.grant_bytes))
+        disk.grant_bytes = disk.plan.grant_bytes
         await gear.keeper.take(disk.plan.disk, disk.names)
 
     async def _snapshot(self, monitor: Monitor) -> None:
@@ -305,7 +322,8 @@ class _Run:
         if disk.file is not None:
             high_water_bytes = await image.high_water_bytes(gear.monitor, disk.names)
             # QEMU counts the write that did not fit, too (block/io.c, bdrv_co_write_req_finish).
-            disk.fleecing_peak_bytes = max(disk.fleecing_peak_bytes, min(high_water_bytes, disk.grant_bytes))
+            high_water_bytes = min(high_water_bytes, estimate.limit(disk.grant_bytes))
+            disk.fleecing_peak_bytes = max(disk.fleecing_peak_bytes, high_water_bytes)
         if not ended.state.succeeded:
             raise await self._diagnose(disk, ended, gear.keeper)
         if disk.file is not None:
@@ -313,7 +331,7 @@ class _Run:
         async with gear.quiet.changing_graph():
             await graph.release(gear.monitor, disk.names, self._pauser)
         await _close(disk)
-        self._means.controller.release(gear.lease, disk.plan.disk.id)
+        await self._means.controller.release(gear.lease, disk.plan.disk.id)
         if self._options.bwlimit_bytes_per_second and gear.quiet.jobs:
             # What it used goes to the others; a job that ends at this moment refuses: fine.
             speed = self._speed(gear.quiet)
@@ -342,9 +360,10 @@ class _Run:
             refused = fleeced.refused
             # It may have run full just before it was extended.
             grants = [*fleeced.outgrown_bytes, fleeced.grant_bytes]
-            grant_bytes = min(grants, key=lambda grant: abs(grant - disk.fleecing_peak_bytes))
+            grant_bytes = min(grants, key=lambda grant: abs(estimate.limit(grant) - disk.fleecing_peak_bytes))
+            disk.grant_bytes = grant_bytes
             with contextlib.suppress(StorageError):  # the reason of the failure is worth more
-                free_bytes = (await asyncio.to_thread(self._means.storages[name].space)).free_bytes
+                free_bytes = (await asyncio.to_thread(self._means.storages.by_name[name].space)).free_bytes
         return copy.diagnose(
             ended,
             copy.Circumstances(
@@ -353,6 +372,7 @@ class _Run:
                 high_water_bytes=disk.fleecing_peak_bytes,
                 grant_bytes=grant_bytes,
                 growth_refused=refused,
+                growable=self._capabilities.discard_source,
                 storage_free_bytes=free_bytes,
                 cbw_timeout_seconds=self._options.cbw_timeout_seconds,
             ),
@@ -367,16 +387,16 @@ class _Run:
         """The undo of everything in QEMU. A QEMU that is gone has nothing of ours any more."""
         try:
             await monitor.reconnect(deadline_seconds=UNDO_RECONNECT_SECONDS)
-        except ConnectFailed as error:
+        except NobodyThere as error:
             log.warning("vm.gone", error=str(error))
             return
         if self._pauser is not None:
             await self._pauser.make_good()
         await graph.dismantle(monitor, run_prefix(self._run), self._pauser)
 
-    def _waiting(self, reason: str) -> None:
-        log.info("run.queued", reason=reason)
-        self._on_progress(Progress(self._vm.name, self._run, Phase.QUEUED, waits_for=reason))
+    def _waiting(self, waiting: Waiting) -> None:
+        log.info("run.queued", reasons=list(waiting.reasons), obstacles=[asdict(one) for one in waiting.obstacles])
+        self._on_progress(Progress(self._vm.name, self._run, Phase.QUEUED, waits_for=str(waiting)))
 
     def _enter(self, phase: Phase) -> None:
         self._phase = phase

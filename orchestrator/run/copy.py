@@ -12,6 +12,7 @@ from typing import Self
 
 import structlog
 
+from orchestrator.admission import estimate
 from orchestrator.errors import (
     CommandTimeout,
     ConnectionLost,
@@ -139,6 +140,7 @@ class Circumstances:
     high_water_bytes: int
     grant_bytes: int
     growth_refused: bool
+    growable: bool
     storage_free_bytes: int
     cbw_timeout_seconds: int
 
@@ -164,12 +166,17 @@ def diagnose(ended: Ended, at: Circumstances) -> VmfleeceError:
             code="copy-timeout",
         )
     margin = min(EXHAUSTED_MARGIN_BYTES, at.grant_bytes // 4)
-    if at.high_water_bytes + margin >= at.grant_bytes:
-        why = "its storage's quota is used up" if at.growth_refused else "it could not be extended in time"
+    if at.high_water_bytes + margin >= estimate.limit(at.grant_bytes):
+        why = "it could not be extended in time"
+        if not at.growable:
+            why = "this QEMU (before 9.1) cannot extend it"
+        elif at.growth_refused:
+            why = "its storage has no more to give now"
         return FleecingError(
             f"disk {at.disk}: its fleecing image on storage {at.storage} was full:"
             f" {format_size(at.high_water_bytes)} of {format_size(at.grant_bytes)} granted; {why}",
-            hint=f"raise storage.{at.storage}.quota, or back up when the guest writes less",
+            hint=f"the next run is granted more at first, if storage.{at.storage}.quota allows: raise it,"
+            " or back up when the guest writes less",
             code="fleecing-full",
         )
     if at.storage_free_bytes < EXHAUSTED_MARGIN_BYTES:

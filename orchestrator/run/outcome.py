@@ -122,6 +122,7 @@ class Facts:
                     copied_bytes=disk.copied_bytes,
                     fleecing_peak_bytes=disk.fleecing_peak_bytes,
                     storage=disk.plan.storage,
+                    grant_bytes=disk.grant_bytes,
                 )
                 for disk in self.disks
             ),

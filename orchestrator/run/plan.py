@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.admission import estimate
+from orchestrator.admission.estimate import Need
 from orchestrator.errors import AdmissionError, FleecingError, RefusedError
 from orchestrator.model import Disk, Fleecing, FleecingPolicy, Kind
 from orchestrator.qemu import jobs
 from orchestrator.qemu.capabilities import Capabilities
 from orchestrator.qemu.inventory import FILTERS_OF_JOBS
-from orchestrator.units import format_size
+from orchestrator.units import Share, format_size
 
 REASON_FULL = "incremental backups are not available yet"
 MIGRATING = ("setup", "active", "device", "pre-switchover", "postcopy-active", "cancelling")
@@ -38,6 +39,19 @@ class Plan:
     disks: tuple[DiskPlan, ...]
     skipped: Mapping[str, str]
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What first grants are made of. Sizes in bytes.
+
+    Of each storage its quota, and the share of a disk that it gives first where nothing is known; `expected` is
+    what the past runs of the VM let expect, by disk.
+    """
+
+    quotas: Mapping[str, int]
+    shares: Mapping[str, Share | int]
+    expected: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +126,16 @@ def plan(
     *,
     fleecing: Fleecing,
     nearest: Mapping[str, str | None],
-    quotas: Mapping[str, int],
+    room: Room,
 ) -> Plan:
-    """The whole plan. `nearest` is the storage that holds each disk's own image, by disk; `quotas` by storage.
+    """The whole plan. `nearest` is the storage that holds each disk's own image, by disk.
 
     Raises FleecingError or AdmissionError where fleecing is required and cannot be had.
     """
     if not fleecing.enabled:
         return _without_fleecing(chosen, skipped, ())
     try:
-        grants = _grants(vm, chosen, fleecing.storage, nearest, quotas)
+        grants = _grants(vm, chosen, fleecing.storage, nearest, room)
     except (FleecingError, AdmissionError) as error:
         if fleecing.policy is FleecingPolicy.REQUIRE:
             raise
@@ -142,28 +156,29 @@ def _grants(
     chosen: Sequence[Disk],
     storage: str | None,
     nearest: Mapping[str, str | None],
-    quotas: Mapping[str, int],
+    room: Room,
 ) -> dict[str, tuple[str, int]]:
     """Storage and first grant by disk."""
-    by_storage: dict[str, dict[str, int]] = {}
+    by_storage: dict[str, dict[str, Need]] = {}
     for disk in chosen:
         name = storage or nearest[disk.id]
         if name is None:
             raise FleecingError(
                 f"VM {vm}: no storage holds the image of disk {disk.id}"
                 f" ({disk.image or 'QEMU names no local file by its full path'})",
-                hint=f"name one: --fleecing enabled=1,storage=NAME; there are: {', '.join(quotas) or 'none'}",
+                hint=f"name one: --fleecing enabled=1,storage=NAME; there are: {', '.join(room.quotas) or 'none'}",
                 code="no-storage",
             )
-        by_storage.setdefault(name, {})[disk.id] = disk.size_bytes
+        need = Need(disk.size_bytes, room.shares[name], room.expected.get(disk.id))
+        by_storage.setdefault(name, {})[disk.id] = need
     grants: dict[str, tuple[str, int]] = {}
-    for name, sizes in by_storage.items():
-        first = estimate.first_grants(sizes, quotas[name])
+    for name, needs in by_storage.items():
+        first = estimate.first_grants(needs, room.quotas[name])
         if first is None:
-            least = sum(estimate.smallest_grant(size) for size in sizes.values())
+            least = sum(estimate.smallest_grant(need.size_bytes) for need in needs.values())
             raise AdmissionError(
-                f"VM {vm}: storage {name} has a quota of {format_size(quotas[name])}, but the fleecing images"
-                f" of {', '.join(sizes)} need at least {format_size(least)}",
+                f"VM {vm}: storage {name} has a quota of {format_size(room.quotas[name])}, but the fleecing images"
+                f" of {', '.join(needs)} need at least {format_size(least)}",
                 hint=f"raise storage.{name}.quota",
             )
         grants |= {disk: (name, grant_bytes) for disk, grant_bytes in first.items()}

@@ -2,31 +2,44 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import structlog
 
+from orchestrator.admission import history
 from orchestrator.errors import RefusedError
 from orchestrator.fleecing import graph
 from orchestrator.fleecing.names import run_of, run_prefix
 from orchestrator.fleecing.pauser import Pauser
-from orchestrator.model import Disk, Fleecing, Vm
-from orchestrator.qemu import commands, inventory
+from orchestrator.model import Disk, Fleecing, Kind, Vm
+from orchestrator.qemu import capabilities, commands, inventory
 from orchestrator.qemu.capabilities import Capabilities
 from orchestrator.qemu.commands import PREFIX
 from orchestrator.qemu.monitor import Monitor
-from orchestrator.run.plan import Plan, Situation, check_situation, choose_disks, plan
+from orchestrator.run.plan import Plan, Room, Situation, check_situation, choose_disks, plan
 from orchestrator.storage.base import Storage
+from orchestrator.units import Share
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Storages:
+    """The storages by name, the share of a disk that each grants first, and a VM's past results, oldest first."""
+
+    by_name: Mapping[str, Storage]
+    first_shares: Mapping[str, Share | int]
+    past_results: Callable[[str], Sequence[Mapping[str, Any]]]
 
 
 async def survey(
     monitor: Monitor,
     vm: Vm,
     fleecing: Fleecing,
-    storages: Mapping[str, Storage],
-    capabilities: Capabilities,
+    storages: Storages,
+    can: Capabilities,
 ) -> Plan:
     """What a backup of the VM would do.
 
@@ -38,16 +51,27 @@ async def survey(
         migration=await monitor.execute(commands.QUERY_MIGRATE),
     )
     disks = inventory.disks(await monitor.execute(commands.QUERY_BLOCK))
-    check_situation(vm.name, situation, disks, capabilities)
+    check_situation(vm.name, situation, disks, can)
     chosen, skipped = choose_disks(vm.name, disks, vm.exclude_disks)
+    past_results = await asyncio.to_thread(storages.past_results, vm.name)
     return plan(
         vm.name,
         chosen,
         skipped,
         fleecing=fleecing,
-        nearest=await asyncio.to_thread(nearest_storages, chosen, storages),
-        quotas={name: storage.quota_bytes for name, storage in storages.items()},
+        nearest=await asyncio.to_thread(nearest_storages, chosen, storages.by_name),
+        room=Room(
+            quotas={name: storage.quota_bytes for name, storage in storages.by_name.items()},
+            shares=storages.first_shares,
+            expected=history.expected(past_results, Kind.FULL),
+        ),
     )
+
+
+async def recover(monitor: Monitor, vm: str, is_ours: Callable[[str], bool]) -> None:
+    """Take out what dead runs left in a QEMU, whatever its version. Raises what `settle_leftovers` raises."""
+    can = capabilities.from_schema(await monitor.execute(commands.QUERY_SCHEMA))
+    await settle_leftovers(monitor, vm, None if can.discard_source else Pauser(monitor), is_ours)
 
 
 async def settle_leftovers(

@@ -30,6 +30,7 @@ async def serve(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with engine.opened(config) as opened:
+        await opened.probe_storages()
         status = _Status()
 
         async def run(job: str) -> None:

@@ -6,16 +6,28 @@ so there is one engine a host, and a VM has one run at a time.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import structlog
 
+from orchestrator import aio
+from orchestrator.admission.accounts import Accounts
 from orchestrator.admission.controller import Controller
+from orchestrator.admission.ledger.base import Owner
+from orchestrator.admission.ledger.sqlite import SqliteLedger
 from orchestrator.config import Config
+from orchestrator.errors import NobodyThere, StorageError, VmfleeceError
 from orchestrator.model import Progress, RunOptions, RunResult
 from orchestrator.qemu import qmp
+from orchestrator.run import survey
 from orchestrator.run.backup import Connect, Means, back_up, new_run_id
+from orchestrator.run.survey import Storages
+from orchestrator.service import api, overview
+from orchestrator.service.status import Status, StorageStatus
 from orchestrator.state import lock
 from orchestrator.state.catalogue import Catalogue
 from orchestrator.storage.base import Storage
@@ -27,6 +39,8 @@ log = structlog.get_logger(__name__)
 
 RETRY_SECONDS = 60.0
 """The pause before the first retry; it doubles each time."""
+RECOVER_SECONDS = 60.0
+"""How often it is tried to give back what dead runs hold."""
 
 
 def storages(config: Config) -> dict[str, Storage]:
@@ -43,6 +57,43 @@ def storages(config: Config) -> dict[str, Storage]:
     }
 
 
+def storages_for_plans(config: Config, by_name: Mapping[str, Storage]) -> Storages:
+    """The storages with all that first grants are made of."""
+    first_shares = {name: settings.first_grant for name, settings in config.storage.items()}
+    return Storages(by_name, first_shares, lambda vm: past_results(config, vm))
+
+
+def past_results(config: Config, vm: str) -> Sequence[Mapping[str, Any]]:
+    """The results of a VM's ended runs, oldest first; may be asked while another vmfleece works."""
+    if not Catalogue.path(config.daemon.state_dir).exists():
+        return []
+    return Catalogue(config.daemon.state_dir).results(vm)
+
+
+def ledger_path(config: Config) -> Path:
+    """Where it is kept who holds which grants."""
+    return config.daemon.state_dir / "ledger.sqlite"
+
+
+async def offline_status(config: Config) -> Status:
+    """What can be said while no vmfleece runs: the storages, and what dead runs hold. Raises StateError."""
+    by_name = storages(config)
+    accounts = Accounts(by_name)
+    if ledger_path(config).exists():
+        ledger = SqliteLedger(ledger_path(config))
+        accounts.stranded = {holding.owner.run: holding for holding in await ledger.holdings()}
+        await ledger.close()
+    return Status(process=None, started=None, storages=_storage_statuses(config, by_name, accounts))
+
+
+def _storage_statuses(
+    config: Config, by_name: Mapping[str, Storage], accounts: Accounts
+) -> tuple[StorageStatus, ...]:
+    return tuple(
+        overview.storage_status(config.storage[name], storage, accounts) for name, storage in by_name.items()
+    )
+
+
 def targets(config: Config) -> dict[str, Target]:
     """The configured targets, by name."""
     return {
@@ -55,7 +106,9 @@ def targets(config: Config) -> dict[str, Target]:
 async def opened(config: Config, *, connect: Connect = qmp.connect) -> AsyncIterator["Engine"]:
     """An engine that owns state_dir for the block; `connect` is how it reaches VMs. Raises StateError."""
     with lock.owned(config.daemon.state_dir):
-        yield Engine(config, connect)
+        engine = Engine(config, connect)
+        async with engine.serving():
+            yield engine
 
 
 class Engine:
@@ -64,36 +117,86 @@ class Engine:
     def __init__(self, config: Config, connect: Connect) -> None:
         self.config = config
         self.catalogue = Catalogue(config.daemon.state_dir)
-        by_name = storages(config)
+        self._started = datetime.now(UTC)
+        self._connect = connect
+        self._storages = storages(config)
         targets_by_name = targets(config)
+        self._controller = Controller(
+            self._storages,
+            SqliteLedger(ledger_path(config)),
+            max_runs=config.daemon.max_runs,
+            target_max_runs={name: one.max_runs for name, one in targets_by_name.items()},
+        )
         self._means = Means(
-            storages=by_name,
+            storages=storages_for_plans(config, self._storages),
             targets=targets_by_name,
-            controller=Controller(
-                by_name,
-                max_runs=config.daemon.max_runs,
-                target_max_runs={name: one.max_runs for name, one in targets_by_name.items()},
-            ),
+            controller=self._controller,
             is_ours=self.catalogue.knows,
             connect=connect,
         )
         self._vm_locks: dict[str, asyncio.Lock] = {}
+        self._live: dict[str, overview.Live] = {}
+
+    @contextlib.asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        """Hold the ledger, answer on the control socket and take up dead runs' grants, for the block."""
+        async with (
+            self._controller.serving(),
+            api.served(self.config.daemon.run_dir, self.status),
+            aio.background(self._recover()),
+        ):
+            yield
+
+    async def probe_storages(self) -> None:
+        """Look what each storage's file system can do, and log what it cannot; none of it ends the service."""
+        for storage in self._storages.values():
+            try:
+                lacks = await asyncio.to_thread(storage.prepare)
+            except StorageError as error:
+                log.warning("storage.unusable", storage=storage.name, error=str(error))
+                continue
+            for lack in lacks:
+                log.warning("storage.lacks", storage=storage.name, feature=lack.feature, error=lack.consequence)
+
+    def status(self) -> Status:
+        """What is going on right now."""
+        runs, queue = overview.runs_and_queue(self._live.values(), self._controller)
+        return Status(
+            process=os.getpid(),
+            started=self._started.isoformat(),
+            storages=_storage_statuses(self.config, self._storages, self._controller.accounts),
+            runs=runs,
+            queue=queue,
+        )
 
     async def back_up(self, vm: str, options: RunOptions, *, on_progress: Callable[[Progress], None]) -> RunResult:
         """Back up one VM once. Failures are outcomes; cancellation undoes everything, then is raised."""
-        async with self._vm_locks.setdefault(vm, asyncio.Lock()):
-            run = new_run_id()
-            await asyncio.to_thread(self.catalogue.begin, run, vm, options.job, datetime.now(UTC))
-            result = await back_up(
-                self.config.vms()[vm],
-                options,
-                self._means,
-                run=run,
-                on_progress=on_progress,
-                on_cancelled=self.catalogue.finish,
-            )
+        configured = self.config.vms()[vm]
+        async with self._vm_lock(vm):
+            run, started = new_run_id(), datetime.now(UTC)
+            live = self._live[run] = overview.Live(vm, run, configured.priority, options, started)
+
+            def progressed(progress: Progress) -> None:
+                live.progress = progress
+                on_progress(progress)
+
+            try:
+                await asyncio.to_thread(self.catalogue.begin, run, vm, options.job, started)
+                result = await back_up(
+                    configured,
+                    options,
+                    self._means,
+                    run=run,
+                    on_progress=progressed,
+                    on_cancelled=self.catalogue.finish,
+                )
+            finally:
+                del self._live[run]
             await asyncio.to_thread(self.catalogue.finish, result)
             return result
+
+    def _vm_lock(self, vm: str) -> asyncio.Lock:
+        return self._vm_locks.setdefault(vm, asyncio.Lock())
 
     async def run_job(
         self, name: str, *, on_progress: Callable[[Progress], None] = lambda _progress: None
@@ -116,7 +219,40 @@ class Engine:
             result = await self.back_up(vm, options, on_progress=on_progress)
             if result.error is None or not result.retryable:
                 return result
-            pause_seconds = RETRY_SECONDS * 2**attempt
+            # One that ran full is queued again at once: its larger first grant is what it has to wait for.
+            pause_seconds = 0.0 if self._may_be_granted_more(result) else RETRY_SECONDS * 2**attempt
             log.warning("run.retrying", vm=vm, run=result.run, code=result.error.code, pause_seconds=pause_seconds)
             await asyncio.sleep(pause_seconds)
         return await self.back_up(vm, options, on_progress=on_progress)
+
+    def _may_be_granted_more(self, result: RunResult) -> bool:
+        """Whether a run ran full although it did not hold all of its storage."""
+        if result.error is None or result.error.code != "fleecing-full":
+            return False
+        granted_bytes: dict[str, int] = {}
+        for disk in result.disks:
+            if disk.storage is not None:
+                granted_bytes[disk.storage] = granted_bytes.get(disk.storage, 0) + disk.grant_bytes
+        return all(size < self._storages[name].quota_bytes for name, size in granted_bytes.items())
+
+    async def _recover(self) -> None:
+        """Give back what dead runs hold as soon as nothing of them lives. Runs until cancelled."""
+        while True:
+            for owner in self._controller.stranded():
+                async with self._vm_lock(owner.vm):  # never beside a run of that VM
+                    if owner in self._controller.stranded():
+                        with structlog.contextvars.bound_contextvars(vm=owner.vm, run=owner.run):
+                            await self._recover_one(owner)
+            await asyncio.sleep(RECOVER_SECONDS)
+
+    async def _recover_one(self, owner: Owner) -> None:
+        """Take what a dead run left out of its QEMU, if that still lives, and give back what it holds."""
+        try:
+            with contextlib.suppress(NobodyThere):
+                async with self._connect(Path(owner.monitor), vm=owner.vm) as monitor:
+                    await survey.recover(monitor, owner.vm, self.catalogue.knows)
+            await self._controller.forget([owner])
+        except VmfleeceError as error:
+            log.warning("grant.unrecovered", error=str(error))
+        except Exception:  # it must not end the service, which would start with it again
+            log.exception("run.bug")

@@ -11,8 +11,8 @@ from typing import Any
 class StorageStatus:
     """One storage of fleecing images.
 
-    `granted_bytes` is what all runs together may occupy, `stranded_bytes` the part of it that is kept for runs that
-    are over but whose images a QEMU may still hold; `used_bytes` what the images of live runs really occupy,
+    `granted_bytes` is what all runs together may occupy, `stranded_bytes` the part of it that is kept for runs
+    that are over but whose images a QEMU may still hold; `used_bytes` what the images of live runs really occupy,
     `peak_bytes` the most that was since vmfleece started. `free_bytes` and `floor_bytes` are its file system's;
     None if it cannot be asked. `lacks` names what the file system cannot do.
     """
@@ -80,9 +80,7 @@ class Status:
         return Status(
             process=document["process"],
             started=document["started"],
-            storages=tuple(
-                StorageStatus(**{**one, "lacks": tuple(one["lacks"])}) for one in document["storages"]
-            ),
+            storages=tuple(StorageStatus(**{**one, "lacks": tuple(one["lacks"])}) for one in document["storages"]),
             runs=tuple(RunStatus(**one) for one in document["runs"]),
             queue=tuple(WaitingStatus(**{**one, "reasons": tuple(one["reasons"])}) for one in document["queue"]),
         )

@@ -4,17 +4,15 @@ A run is entered before it touches its VM, so that whatever is found in a QEMU l
 Every method is one short transaction; the caller owns state_dir (see `lock`).
 """
 
-import contextlib
 import json
-import sqlite3
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import StateError
 from orchestrator.model import RunResult
+from orchestrator.state.database import Database
 
+VERSION = 1
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
     run TEXT PRIMARY KEY,
@@ -25,7 +23,6 @@ CREATE TABLE IF NOT EXISTS runs (
     result TEXT
 );
 CREATE TABLE IF NOT EXISTS due (job TEXT PRIMARY KEY, last TEXT NOT NULL);
-PRAGMA user_version = 1;
 """
 
 
@@ -33,28 +30,24 @@ class Catalogue:
     """The file and its questions."""
 
     def __init__(self, state_dir: Path) -> None:
-        self._path = state_dir / "catalogue.sqlite"
-        with self._connection() as connection:
-            connection.executescript(SCHEMA)
+        self._database = Database(
+            self.path(state_dir),
+            SCHEMA,
+            version=VERSION,
+            lost="only history is lost",
+            stays_open=False,
+        )
+        with self._database.transaction():
+            pass  # what is wrong with it is told now, before a run
 
-    @contextlib.contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection]:
-        try:
-            with contextlib.closing(sqlite3.connect(self._path)) as connection:
-                connection.execute("PRAGMA journal_mode = WAL")
-                connection.execute("PRAGMA synchronous = FULL")
-                with connection:
-                    yield connection
-        except sqlite3.Error as error:
-            raise StateError(
-                f"cannot use the catalogue {self._path}: {error}",
-                hint="is its file system full? A damaged file can be moved away: only history is lost",
-                code="state-unusable",
-            ) from error
+    @staticmethod
+    def path(state_dir: Path) -> Path:
+        """Where it is."""
+        return state_dir / "catalogue.sqlite"
 
     def begin(self, run: str, vm: str, job: str | None, started: datetime) -> None:
         """Enter a run that is about to start."""
-        with self._connection() as connection:
+        with self._database.transaction() as connection:
             connection.execute(
                 "INSERT INTO runs (run, vm, job, started) VALUES (?, ?, ?, ?)",
                 (run, vm, job, started.isoformat()),
@@ -62,7 +55,7 @@ class Catalogue:
 
     def finish(self, result: RunResult) -> None:
         """Enter how a run ended."""
-        with self._connection() as connection:
+        with self._database.transaction() as connection:
             connection.execute(
                 "UPDATE runs SET outcome = ?, result = ? WHERE run = ?",
                 (result.outcome, json.dumps(result.as_json()), result.run),
@@ -70,13 +63,13 @@ class Catalogue:
 
     def knows(self, run: str) -> bool:
         """Whether a run was ever entered."""
-        with self._connection() as connection:
+        with self._database.transaction() as connection:
             found = connection.execute("SELECT 1 FROM runs WHERE run = ?", (run,)).fetchone()
         return found is not None
 
     def results(self, vm: str) -> list[dict[str, Any]]:
         """The results of a VM's ended runs, oldest first."""
-        with self._connection() as connection:
+        with self._database.transaction() as connection:
             rows = connection.execute(
                 "SELECT result FROM runs WHERE vm = ? AND result IS NOT NULL ORDER BY started", (vm,)
             ).fetchall()
@@ -84,13 +77,13 @@ class Catalogue:
 
     def last_due(self, job: str) -> datetime | None:
         """The last time a job was due and was started, or came to its turn."""
-        with self._connection() as connection:
+        with self._database.transaction() as connection:
             row = connection.execute("SELECT last FROM due WHERE job = ?", (job,)).fetchone()
         return datetime.fromisoformat(row[0]) if row else None
 
     def set_last_due(self, job: str, due: datetime) -> None:
         """Remember that a job's turn at this time was taken."""
-        with self._connection() as connection:
+        with self._database.transaction() as connection:
             connection.execute(
                 "INSERT INTO due (job, last) VALUES (?, ?) ON CONFLICT (job) DO UPDATE SET last = excluded.last",
                 (job, due.isoformat()),

@@ -68,3 +68,4 @@ def small_grants(monkeypatch: pytest.MonkeyPatch) -> None:
     """Grants that start small and grow in small steps, as those of large disks do."""
     monkeypatch.setattr(estimate, "FIRST_LEAST", 0)
     monkeypatch.setattr(estimate, "STEP_LEAST", 256 * 1024)
+    monkeypatch.setattr(estimate, "HEADROOM_LEAST", 256 * 1024)

@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import CommandFailed, CommandTimeout, ConnectFailed, ConnectionLost
+from orchestrator.errors import CommandFailed, CommandTimeout, ConnectFailed, ConnectionLost, NobodyThere
 from orchestrator.qemu.commands import Command, add_fd
 from orchestrator.qemu.monitor import DEADLINE_SECONDS, OUTCOME_UNKNOWN, Event, Monitor
 from tests.component.fake_qemu import FakeQemu
@@ -70,7 +70,9 @@ class FakeMonitor(Monitor):
 
     def open(self) -> None:
         """Connect. Raises ConnectFailed."""
-        if not self._qemu.alive or not self._qemu.accepts or self._qemu.monitors:
+        if not self._qemu.alive:
+            raise NobodyThere(f"VM {self._vm}: cannot connect", hint="is it running?")
+        if not self._qemu.accepts or self._qemu.monitors:
             raise ConnectFailed(f"VM {self._vm}: cannot connect", hint="is it running?")
         self._qemu.monitors.append(self)
 
@@ -198,7 +200,7 @@ class FakeHost:
     async def connect(self, path: Path, *, vm: str, deadline_seconds: float = 10) -> AsyncIterator[FakeMonitor]:  # noqa: ARG002
         """Like qmp.connect."""
         if path not in self.qemus:
-            raise ConnectFailed(f"VM {vm}: cannot connect to {path}: No such file or directory")
+            raise NobodyThere(f"VM {vm}: cannot connect to {path}: No such file or directory")
         monitor = FakeMonitor(self.qemus[path], vm=vm, troubles=self.troubles)
         await asyncio.sleep(0)
         try:

@@ -22,7 +22,7 @@ def overwriting(world: World, *, every: int, disk: str = "vda") -> Callable[[Job
 
     def write(job: Job) -> None:
         nonlocal written
-        assert world.controller.granted_bytes("local") <= world.storages["local"].quota_bytes
+        assert world.controller.accounts.granted_bytes("local") <= world.storages["local"].quota_bytes
         if job.position % every == 0 and job.position < job.total // CLUSTER - written:
             written += 1
             world.qemu.guest_writes(disk, job.total - written * CLUSTER, b"new")
@@ -30,12 +30,12 @@ def overwriting(world: World, *, every: int, disk: str = "vda") -> Callable[[Job
     return write
 
 
-def grant_of(world: World, disk: int = 0) -> int:
+def limit_of(world: World, disk: int = 0) -> int:
     return int(world.qemu.nodes[DiskNames(RUN, disk).grant].options["size"])
 
 
-def grants(world: World) -> list[int]:
-    """The sizes that a grant was given, first to last."""
+def limits(world: World) -> list[int]:
+    """The limits that an image was given, first to last."""
     found = []
     for command in world.qemu.executed:
         options = [command.arguments] if command.name == "blockdev-add" else command.arguments.get("options", [])
@@ -50,8 +50,8 @@ async def test_a_grant_grows_as_it_fills(make: Make, before: list[str]) -> None:
     result = await world.back_up()
     assert result.error is None, result.error
     world.assert_copied(result.snapshot)
-    sizes = grants(world)
-    assert sizes[0] == FIRST
+    sizes = limits(world)
+    assert sizes[0] == estimate.limit(FIRST)
     assert len(sizes) >= 3
     assert sizes == sorted(set(sizes))
     assert FIRST < result.disks[0].fleecing_peak_bytes <= sizes[-1] <= estimate.worst_case(SIZE)
@@ -66,9 +66,9 @@ async def test_a_grant_grows_up_to_the_quota_and_no_further(make: Make, before: 
     result = await world.back_up()
     assert failed_with(result) == "fleecing-full"
     assert result.retryable
-    assert max(grants(world)) == quota
+    assert max(limits(world)) == estimate.limit(quota)
     assert result.error is not None
-    for part in ("disk vda", "storage local", "quota is used up", f"of {quota / MIB:.1f} MiB granted"):
+    for part in ("disk vda", "storage local", "no more to give", f"of {quota / MIB:.1f} MiB granted"):
         assert part in result.error.message
     assert "storage.local.quota" in result.error.hint
     await world.assert_nothing_is_left(before)
@@ -80,7 +80,7 @@ async def test_a_grant_that_cannot_grow_at_all(make: Make, before: list[str]) ->
     world.qemu.pace = 1
     world.qemu.during_copy = overwriting(world, every=2)
     assert failed_with(await world.back_up()) == "fleecing-full"
-    assert set(grants(world)) == {FIRST}
+    assert set(limits(world)) == {estimate.limit(FIRST)}
     await world.assert_nothing_is_left(before)
 
 
@@ -121,7 +121,7 @@ async def test_a_threshold_that_was_reported_while_nobody_listened(make: Make, b
             world.qemu.cut()
             world.qemu.guest_writes("vda", SIZE - halves * CLUSTER, bytes(halves * CLUSTER))
         elif job.position == 11:
-            assert grant_of(world) == FIRST
+            assert limit_of(world) == estimate.limit(FIRST)
             world.qemu.automatic = False  # until the grant was extended
 
     def go_on(command: object) -> None:
@@ -135,7 +135,7 @@ async def test_a_threshold_that_was_reported_while_nobody_listened(make: Make, b
     result = await world.back_up()
     assert result.error is None, result.error
     world.assert_copied(result.snapshot)
-    assert len(grants(world)) == 2
+    assert len(limits(world)) == 2
     await world.assert_nothing_is_left(before)
 
 
@@ -149,7 +149,7 @@ async def test_a_threshold_that_was_crossed_before_the_copy_began(make: Make, be
     result = await world.back_up()
     assert result.error is None, result.error
     world.assert_copied(result.snapshot)
-    assert len(grants(world)) >= 2
+    assert len(limits(world)) >= 2
     await world.assert_nothing_is_left(before)
 
 
@@ -167,7 +167,7 @@ async def test_an_extension_that_qemu_refuses_is_given_back(make: Make, before: 
 
     def watch(job: Job) -> None:
         write(job)
-        held.append(world.controller.granted_bytes("local") - grant_of(world))
+        held.append(estimate.limit(world.controller.accounts.granted_bytes("local")) - limit_of(world))
 
     world.qemu.during_copy = watch
     result = await world.back_up()
@@ -183,7 +183,7 @@ async def test_on_a_qemu_that_cannot_grow_the_first_grant_is_all(make: Make, bef
     world.qemu.during_copy = overwriting(world, every=2)
     result = await world.back_up()
     assert failed_with(result) == "fleecing-full"
-    assert grants(world) == [FIRST]
+    assert limits(world) == [estimate.limit(FIRST)]
     await world.assert_nothing_is_left(before)
 
 
@@ -199,5 +199,5 @@ async def test_what_the_guest_overwrites_after_it_was_copied_costs_nothing(make:
     result = await world.back_up()
     assert result.error is None, result.error
     world.assert_copied(result.snapshot)
-    assert grants(world) == [FIRST]
+    assert limits(world) == [estimate.limit(FIRST)]
     await world.assert_nothing_is_left(before)

@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import CommandFailed, CommandTimeout, ConnectFailed, ConnectionLost, MonitorError
+from orchestrator.errors import (
+    CommandFailed,
+    CommandTimeout,
+    ConnectFailed,
+    ConnectionLost,
+    MonitorError,
+    NobodyThere,
+)
 from orchestrator.qemu import commands
 from orchestrator.qemu.commands import Command
 from orchestrator.qemu.monitor import Monitor, raise_first
@@ -250,9 +257,19 @@ async def test_reconnecting_while_connected_changes_nothing(monitor: Monitor) ->
 async def test_reconnecting_to_a_qemu_that_is_gone_fails(rig: Rig, monitor: Monitor) -> None:
     await rig.kill()
     async with asyncio.timeout(SOON_SECONDS):
-        with pytest.raises(ConnectFailed):
+        with pytest.raises(NobodyThere):
             await monitor.reconnect(deadline_seconds=0.3)
     assert not monitor.connected
+
+
+async def test_reconnecting_to_a_monitor_that_somebody_else_holds_does_not_say_that_qemu_is_gone(
+    rig: Rig, monitor: Monitor
+) -> None:
+    rig.cut(monitor)
+    async with rig.connect(rig.path):
+        with pytest.raises(ConnectFailed) as failed:
+            await monitor.reconnect(deadline_seconds=0.3)
+    assert not isinstance(failed.value, NobodyThere)
 
 
 # Silence and cancellation ------------------------------------------------------------------------------------
@@ -436,7 +453,7 @@ async def test_nodes_describe_themselves_alike(monitor: Monitor) -> None:
 
 
 async def test_a_missing_socket(rig: Rig) -> None:
-    with pytest.raises(ConnectFailed, match="nobody"):
+    with pytest.raises(NobodyThere, match="nobody"):
         async with rig.connect(rig.path.with_name("nobody")):
             pass
 

@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator.admission import estimate
 from orchestrator.admission.controller import Controller
+from orchestrator.admission.ledger.memory import MemoryLedger
 from orchestrator.model import Phase, Vm
 from tests.component.fake_qemu import FakeQemu
 from tests.component.world import MIB, World, make_world, pattern, settled
@@ -35,16 +36,16 @@ async def test_two_runs_take_turns_where_space_is_for_one(world: World, before: 
     quota = world.storages["local"].quota_bytes
     held: list[int] = []
     for qemu in world.host.qemus.values():
-        qemu.before = lambda _command: held.append(world.controller.granted_bytes("local"))
+        qemu.before = lambda _command: held.append(world.controller.accounts.granted_bytes("local"))
     world.qemu.automatic = False
     first = asyncio.ensure_future(world.back_up(run="00000001"))
     await settled(lambda: bool(world.qemu.jobs))
     second = asyncio.ensure_future(world.back_up(run="00000002", vm=SECOND))
     await waiting(world)
-    assert "storage local" in world.controller.waiting()["00000002"]
+    assert "storage local" in str(world.controller.waiting()["00000002"])
     told = [one for one in world.progress if one.run == "00000002"]
     assert {one.phase for one in told} == {Phase.QUEUED}
-    assert told[-1].waits_for == world.controller.waiting()["00000002"]
+    assert told[-1].waits_for == str(world.controller.waiting()["00000002"])
     assert world.host.qemus[SECOND.qmp].ours() == []
     go_on(world.qemu)
     results = await asyncio.gather(first, second)
@@ -65,12 +66,12 @@ async def test_cancelling_a_run_that_waits_holds_nothing(world: World, before: l
     await settled(lambda: bool(world.qemu.jobs))
     second = asyncio.ensure_future(world.back_up(run="00000002", vm=SECOND))
     await waiting(world)
-    held = world.controller.granted_bytes("local")
+    held = world.controller.accounts.granted_bytes("local")
     second.cancel()
     with pytest.raises(asyncio.CancelledError):
         await second
     assert world.controller.waiting() == {}
-    assert world.controller.granted_bytes("local") == held
+    assert world.controller.accounts.granted_bytes("local") == held
     assert world.host.qemus[SECOND.qmp].ours() == []
     go_on(world.qemu)
     assert (await first).error is None
@@ -124,11 +125,11 @@ async def test_many_runs_all_end_within_the_quota(tmp_path: Path, before: list[s
     vms = [Vm(f"vm{number}", Path(f"/run/qemu/vm{number}.qmp"), priority=number % 3) for number in range(8)]
     for vm in vms:
         world.host.qemus[vm.qmp] = FakeQemu({"vda": pattern(vm.name, SIZE)})
-    world.controller = Controller(world.storages, max_runs=3, target_max_runs={"main": 3})
+    world.controller = Controller(world.storages, MemoryLedger(), max_runs=3, target_max_runs={"main": 3})
     over = []
     for qemu in world.host.qemus.values():
         qemu.pace = 1
-        qemu.before = lambda _command: over.append(world.controller.granted_bytes("local"))
+        qemu.before = lambda _command: over.append(world.controller.accounts.granted_bytes("local"))
     results = await asyncio.gather(*(world.back_up(run=f"{n:08x}", vm=vm) for n, vm in enumerate(vms)))
     assert [result.error for result in results] == [None] * len(vms)
     assert GRANT < max(over) <= 2 * GRANT + MIB

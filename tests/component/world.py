@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from orchestrator.admission.controller import Controller
+from orchestrator.admission.ledger.memory import MemoryLedger
 from orchestrator.model import (
     Fleecing,
     Outcome,
@@ -17,6 +19,7 @@ from orchestrator.model import (
     Vm,
 )
 from orchestrator.run.backup import Means, back_up
+from orchestrator.run.survey import Storages
 from orchestrator.storage.directory import DirectoryStorage
 from orchestrator.target.base import Target
 from tests.component.fake_blocks import CLUSTER
@@ -57,6 +60,7 @@ class World:
     first: dict[str, bytes] = field(default_factory=dict)
     progress: list[Progress] = field(default_factory=list)
     cancelled: list[RunResult] = field(default_factory=list)
+    past_results: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def troubles(self) -> Troubles:
@@ -72,7 +76,7 @@ class World:
     ) -> RunResult:
         """One run."""
         means = Means(
-            storages=self.storages,
+            storages=Storages(self.storages, dict.fromkeys(self.storages, 0), lambda _vm: self.past_results),
             targets={"main": self.target},
             controller=self.controller,
             is_ours=self.is_ours,
@@ -99,7 +103,7 @@ class World:
         assert self.qemu.ours() == [], self.qemu.ours()
         assert self.qemu.status == status or not self.qemu.alive
         for name, storage in self.storages.items():
-            assert self.controller.granted_bytes(name) == 0
+            assert self.controller.accounts.granted_bytes(name) == 0
             assert list(storage.path.iterdir()) == []
         assert self.controller.waiting() == {}
         await settled(lambda: open_descriptors() == descriptors)
@@ -150,7 +154,7 @@ def make_world(
         qemu=qemu,
         target=target or FakeTarget("main"),
         storages=storages,
-        controller=Controller(storages, max_runs=None, target_max_runs={"main": None}),
+        controller=Controller(storages, MemoryLedger(), max_runs=None, target_max_runs={"main": None}),
         host=FakeHost({SOCKET: qemu}),
         first=contents,
     )

@@ -22,8 +22,9 @@ def nudge_ms(disks: Sequence[DiskSpec]) -> int:
 
 def boot_arguments(files: GuestFiles, kernel_arguments: str, serial: Path) -> list[str]:
     """Return the arguments that boot the guest with its console in a file, paused at first."""
-    # The kernel keeps quiet but for a panic, or its lines would run into the guest's.
-    kernel = f"console=ttyS0 loglevel=1 panic=-1 {kernel_arguments}"
+    # The kernel keeps quiet but for a panic, or its lines would run into the guest's. On a busy host it would take
+    # an emulated timer that comes late for a broken one, and panic: no_timer_check.
+    kernel = f"console=ttyS0 loglevel=1 panic=-1 no_timer_check {kernel_arguments}"
     arguments = ["-S", "-no-reboot", "-nodefaults", "-display", "none", "-serial", f"file:{serial}"]
     arguments += ["-kernel", str(files.kernel), "-initrd", str(files.initramfs)]
     return [*arguments, "-append", kernel]

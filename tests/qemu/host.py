@@ -1,27 +1,25 @@
-"""vmfleece on a host of its own beside a real guest, and what must be true after whatever happened to them."""
+"""vmfleece on a host of its own beside real guests, and what must be true after whatever happened to them."""
 
 import asyncio
 import contextlib
 import os
 import shutil
-import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
-from qemu.qmp import ExecuteError
-
 from orchestrator import config
-from orchestrator.model import Fleecing, Outcome, Phase, Progress, RunOptions, RunResult
+from orchestrator.model import Fleecing, Outcome, RunOptions, RunResult
 from orchestrator.qemu import qmp
 from orchestrator.run.backup import Connect
 from orchestrator.run.restore import restore
 from orchestrator.service import engine
+from orchestrator.service.engine import Engine
 from orchestrator.target.base import Snapshot, find
 from tests.guest import images
 from tests.guest.leftovers import leftovers
 from tests.guest.vm import GuestVm
+from tests.qemu.under_way import Said, UnderWay, said
 
 PROJECT = Path(__file__).resolve().parents[2]
 VM = "web01"
@@ -29,7 +27,6 @@ FLEECED = Fleecing(storage="local")
 DIRECT = Fleecing(enabled=False)
 MIB = 1 << 20
 SLOWLY = 256 * 1024  # bytes per second
-TICK_SECONDS = 0.02
 
 CONFIG = """
 [daemon]
@@ -38,7 +35,7 @@ run_dir = "{folder}/run"
 [storage.local]
 path = "{storage}"
 quota = "{quota}"
-min_free = "1MiB"
+min_free = "{min_free}"
 [target.main]
 path = "{target}"
 [target.zstd]
@@ -46,101 +43,29 @@ path = "{folder}/zstd"
 compress = "zstd"
 [vm.{vm}]
 qmp = "{socket}"
+priority = {priority}
 exclude_disks = [{exclude}]
 {more}
 """
 
 
-class UnderWay:
-    """A backup that runs: what it said so far, and in the end its result."""
-
-    def __init__(self, vm: GuestVm) -> None:
-        self.progress: list[Progress] = []
-        self.task: asyncio.Task[RunResult] | None = None
-        self._vm = vm
-
-    @property
-    def result(self) -> RunResult:
-        assert self.task is not None
-        return self.task.result()
-
-    @property
-    def phase(self) -> Phase | None:
-        return self.progress[-1].phase if self.progress else None
-
-    def fleecing_bytes(self) -> int:
-        """What all fleecing images occupied when it was last said."""
-        return sum(disk.fleecing_bytes for disk in self.progress[-1].disks) if self.progress else 0
-
-    def largest_grants(self) -> dict[str, int]:
-        """The largest grant that each disk ever had."""
-        largest: dict[str, int] = {}
-        for progress in self.progress:
-            for disk in progress.disks:
-                largest[disk.disk] = max(largest.get(disk.disk, 0), disk.grant_bytes)
-        return largest
-
-    async def until(self, done: Callable[[], bool], what: str, *, deadline_seconds: float = 60) -> None:
-        """Wait for something that the run brings about."""
-        assert self.task is not None
-        try:
-            async with asyncio.timeout(deadline_seconds):
-                while not done():
-                    assert not self.task.done(), f"the run ended before {what}: {self.task.result()}"
-                    await asyncio.sleep(TICK_SECONDS)
-        except TimeoutError:
-            self._vm.fail(f"waited {deadline_seconds} s for {what}; the run is {self.progress[-1:]}")
-
-    async def copying(self) -> None:
-        """Wait until the point in time is made and all jobs are started."""
-        await self.until(lambda: self.phase is Phase.COPYING, "copying")
-        await until_jobs_run(self._vm)
-
-    async def hurry(self) -> None:
-        """Lift the jobs' speed limit, also where the product sets it anew, until the run ends."""
-        assert self.task is not None
-        while not self.task.done():
-            for job in await our_jobs(self._vm):
-                with contextlib.suppress(ExecuteError):  # it has just ended
-                    await self._vm.execute("block-job-set-speed", {"device": job, "speed": 0})
-            await asyncio.wait([self.task], timeout=0.2)
-
-
-async def our_jobs(vm: GuestVm) -> list[str]:
-    """The product's block jobs that are there."""
-    return [job["id"] for job in await vm.execute("query-jobs") if job["id"].startswith("vmf-")]
-
-
-async def until_jobs_run(
-    vm: GuestVm, process: asyncio.subprocess.Process | None = None, *, deadline_seconds: float = 60
-) -> None:
-    """Wait until the product, in that process if one is given, has started its jobs."""
-    async with asyncio.timeout(deadline_seconds):
-        while not await our_jobs(vm):
-            assert process is None or process.returncode is None, await said(process)
-            await asyncio.sleep(TICK_SECONDS)
-
-
-@dataclass(frozen=True, slots=True)
-class Said:
-    """What a command printed, and how it ended."""
-
-    code: int
-    out: str
-    err: str
-
-
 class Host:
-    """Folders, configuration and commands. `connect` is how the product in this process reaches the VM."""
+    """Folders, configuration and commands of a host with one guest, VM, and maybe `others`, by name.
+
+    `connect` is how the product in this process reaches them; `priority` and `exclude` are VM's.
+    """
 
     def __init__(
         self,
         folder: Path,
         vm: GuestVm,
         *,
+        others: Mapping[str, GuestVm] | None = None,
         storage: Path | None = None,
         target: Path | None = None,
         quota: str = "1GiB",
+        min_free: str = "1MiB",
+        priority: int = 50,
         exclude: Sequence[str] = (),
         state: str = "state",
         socket: Path | None = None,
@@ -149,20 +74,24 @@ class Host:
     ) -> None:
         self.folder = folder
         self.vm = vm
+        self.vms = {VM: vm, **(others or {})}
         self.storage = storage or folder / "fleecing"
         self.target = target or folder / "backups"
         self.connect = connect
         self.config = folder / f"{state}.toml"
         folder.mkdir(parents=True, exist_ok=True)
+        more += "".join(f'[vm.{name}]\nqmp = "{one.product_socket}"\n' for name, one in (others or {}).items())
         self.config.write_text(
             CONFIG.format(
                 folder=folder,
                 state=state,
                 storage=self.storage,
                 quota=quota,
+                min_free=min_free,
                 target=self.target,
                 vm=VM,
                 socket=socket or vm.product_socket,
+                priority=priority,
                 exclude=", ".join(f'"{disk}"' for disk in exclude),
                 more=more,
             )
@@ -171,14 +100,27 @@ class Host:
     # --- the product in this process ---
 
     @contextlib.asynccontextmanager
-    async def backing_up(
-        self, fleecing: Fleecing = FLEECED, *, target: str = "main", bwlimit: int = 0, cbw_timeout: int = 10
-    ) -> AsyncIterator[UnderWay]:
-        """A backup beside the block; it is awaited at its end."""
-        under_way = UnderWay(self.vm)
-        options = RunOptions(target, fleecing, bwlimit_bytes_per_second=bwlimit, cbw_timeout_seconds=cbw_timeout)
+    async def opened(self) -> AsyncIterator[Engine]:
+        """The product in this process, for the block."""
         async with engine.opened(config.load(self.config), connect=self.connect) as opened:
-            work = opened.back_up(VM, options, on_progress=under_way.progress.append)
+            yield opened
+
+    @contextlib.asynccontextmanager
+    async def backing_up(
+        self,
+        fleecing: Fleecing = FLEECED,
+        *,
+        name: str = VM,
+        on: Engine | None = None,
+        target: str = "main",
+        bwlimit: int = 0,
+        cbw_timeout: int = 10,
+    ) -> AsyncIterator[UnderWay]:
+        """A backup beside the block, by an engine of its own if none is given; it is awaited at its end."""
+        under_way = UnderWay(self.vms[name])
+        options = RunOptions(target, fleecing, bwlimit_bytes_per_second=bwlimit, cbw_timeout_seconds=cbw_timeout)
+        async with self.opened() if on is None else contextlib.nullcontext(on) as opened:
+            work = opened.back_up(name, options, on_progress=under_way.progress.append)
             under_way.task = asyncio.create_task(work)
             try:
                 yield under_way
@@ -198,13 +140,16 @@ class Host:
         """What is listed."""
         return await engine.targets(config.load(self.config))[target].snapshots()
 
-    async def restored(self, target: str = "main", snapshot: str | None = None) -> dict[str, Path]:
+    async def restored(
+        self, target: str = "main", snapshot: str | None = None, *, name: str = VM
+    ) -> dict[str, Path]:
         """The disks of a snapshot, the newest one if none is named, as raw files by the guest's name for them."""
+        vm = self.vms[name]
         source = engine.targets(config.load(self.config))[target]
-        found = find(await source.snapshots(), snapshot or f"{VM}@latest")
+        found = find(await source.snapshots(), snapshot or f"{name}@latest")
         folder = self.folder / "restored" / found.id
         folder.mkdir(parents=True)
-        by_image = {str(self.vm.image_path(disk.id).absolute()): disk.id for disk in self.vm.disks}
+        by_image = {str(vm.image_path(disk.id).absolute()): disk.id for disk in vm.disks}
         paths = {}
         for detail in found.details["disks"]:
             path = folder / detail["disk"]
@@ -254,10 +199,10 @@ class Host:
         """Unfinished snapshots."""
         return [*self.target.rglob("*.partial*"), *(self.folder / "zstd").rglob("*.partial*")]
 
-    def descriptors(self) -> list[str]:
+    def descriptors(self, vm: GuestVm | None = None) -> list[str]:
         """Files of ours that QEMU holds open, named or not."""
         found = []
-        for link in Path(f"/proc/{self.vm.pid}/fd").iterdir():
+        for link in Path(f"/proc/{(vm or self.vm).pid}/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):
                 path = str(link.readlink())
                 ours = (self.storage, self.target, self.folder / "zstd")
@@ -266,32 +211,21 @@ class Host:
         return found
 
     async def assert_as_before(self, *, writes: bool = True) -> None:
-        """The guest is unharmed and goes on, and nothing of ours is left anywhere."""
-        assert await leftovers(self.vm) == []
-        assert self.descriptors() == []
+        """The guests are unharmed and go on unless the test has paused them; nothing of ours is left anywhere."""
+        for vm in self.vms.values():
+            assert await leftovers(vm) == []
+            assert self.descriptors(vm) == []
         self.assert_no_files()
-        if writes:
-            await self.vm.assert_healthy()
-            await self.vm.wait_writes(20)
-            await self.vm.assert_healthy()
+        for vm in self.vms.values():
+            if writes and vm.expected_status == "running":
+                await vm.assert_healthy()
+                await vm.wait_writes(20)
+                await vm.assert_healthy()
 
     def assert_no_files(self) -> None:
         """Neither fleecing images nor unfinished snapshots are left."""
         assert not self.storage.exists() or list(self.storage.iterdir()) == []
         assert self.partial() == []
-
-
-async def said(process: asyncio.subprocess.Process, *, deadline_seconds: float = 120) -> Said:
-    """Await a command's end."""
-    try:
-        async with asyncio.timeout(deadline_seconds):
-            out, err = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.send_signal(signal.SIGKILL)
-            await process.wait()
-    assert process.returncode is not None
-    return Said(process.returncode, out.decode(), err.decode())
 
 
 def assert_succeeded(result: RunResult) -> None:

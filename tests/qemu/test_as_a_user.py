@@ -14,7 +14,8 @@ import pytest_asyncio
 
 from tests.guest import images, sequence
 from tests.guest.vm import MIB, DiskSpec, GuestVm, Workload
-from tests.qemu.host import VM, Host, Said, said, until_jobs_run
+from tests.qemu.host import VM, Host
+from tests.qemu.under_way import Said, said, until_jobs_run
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -29,10 +29,9 @@ from tests.qemu.host import (
     Host,
     assert_failed,
     assert_succeeded,
-    our_jobs,
-    until_jobs_run,
 )
 from tests.qemu.proxy import Proxy
+from tests.qemu.under_way import our_jobs, until_jobs_run
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

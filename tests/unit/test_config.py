@@ -67,7 +67,9 @@ def test_defaults(tmp_path: Path) -> None:
         log_level=config.LogLevel.INFO,
     )
     assert loaded.storage == {
-        "local": config.StorageSettings("local", Path("/fleecing"), 10 * GIB, Share(10.0), max_runs=None)
+        "local": config.StorageSettings(
+            "local", Path("/fleecing"), 10 * GIB, Share(10.0), Share(10.0), max_runs=None
+        )
     }
     assert loaded.target == {"main": config.TargetSettings("main", Path("/backup"), model.Compression.NONE, None)}
     assert loaded.vms() == {

@@ -4,17 +4,20 @@ from dataclasses import replace
 
 import pytest
 
+from orchestrator.admission import estimate
 from orchestrator.errors import CopyError, FleecingError, TargetError, VmfleeceError
 from orchestrator.qemu.jobs import JobState
 from orchestrator.run.copy import Circumstances, Ended, diagnose
 from orchestrator.units import GIB, MIB
 
+LIMIT = estimate.limit(100 * MIB)
 CALM = Circumstances(
     disk="vda",
     storage="local",
     high_water_bytes=10 * MIB,
     grant_bytes=100 * MIB,
     growth_refused=False,
+    growable=True,
     storage_free_bytes=GIB,
     cbw_timeout_seconds=7,
 )
@@ -71,12 +74,20 @@ def ended(operation: str | None, error: str | None = DENIED, *, stopped: bool = 
             replace(FULL, growth_refused=True),
             FleecingError,
             "fleecing-full",
-            ("quota is used up",),
+            ("no more to give",),
             id="quota used up",
         ),
         pytest.param(
             ended("read"),
-            replace(CALM, high_water_bytes=98 * MIB),
+            replace(FULL, growable=False),
+            FleecingError,
+            "fleecing-full",
+            ("this QEMU (before 9.1) cannot extend it",),
+            id="cannot grow",
+        ),
+        pytest.param(
+            ended("read"),
+            replace(CALM, high_water_bytes=LIMIT - 2 * MIB),
             FleecingError,
             "fleecing-full",
             (),
@@ -84,7 +95,7 @@ def ended(operation: str | None, error: str | None = DENIED, *, stopped: bool = 
         ),
         pytest.param(
             ended("read"),
-            replace(CALM, high_water_bytes=98 * MIB - 1),
+            replace(CALM, high_water_bytes=LIMIT - 2 * MIB - 1),
             FleecingError,
             "copy-timeout",
             (),

@@ -77,7 +77,7 @@ def test_outcomes(warnings: list[str], error: ErrorReport | None, outcome: Outco
 
 def test_a_result_is_data() -> None:
     ended = result(facts(pause_ms=1.98765, snapshot=committed()))
-    assert ended.disks == (DiskResult("vda", 4096, 1024, 512, "local"),)
+    assert ended.disks == (DiskResult("vda", 4096, 1024, 512, "local", 2000),)
     document = json.loads(json.dumps(ended.as_json()))
     assert document["started"] == "2026-11-22T02:30:00+00:00"
     assert (document["duration_seconds"], document["pause_ms"]) == (1.235, 1.988)

@@ -9,8 +9,8 @@ from orchestrator.admission import estimate
 from orchestrator.errors import AdmissionError, FleecingError, RefusedError
 from orchestrator.model import Disk, Fleecing, FleecingPolicy, Kind
 from orchestrator.qemu.capabilities import Capabilities
-from orchestrator.run.plan import Plan, Situation, check_situation, choose_disks, plan
-from orchestrator.units import GIB, MIB
+from orchestrator.run.plan import Plan, Room, Situation, check_situation, choose_disks, plan
+from orchestrator.units import GIB, MIB, Share
 
 CAPABLE = Capabilities(break_snapshot=True, snapshot_access=True, discard_source=True)
 REQUIRE = Fleecing()
@@ -128,6 +128,7 @@ def planned(
     disks: tuple[Disk, ...] = (disk("vda"), disk("vdb")),
     *,
     nearest: str | None = "near",
+    expected: dict[str, int] | None = None,
     **quotas: int,
 ) -> Plan:
     return plan(
@@ -136,8 +137,12 @@ def planned(
         {"cd0": "no medium in it"},
         fleecing=fleecing,
         nearest={one.id: nearest for one in disks},
-        quotas=quotas or {"near": 100 * GIB, "other": 100 * GIB},
+        room=room(quotas or {"near": 100 * GIB, "other": 100 * GIB}, expected or {}),
     )
+
+
+def room(quotas: dict[str, int], expected: dict[str, int]) -> Room:
+    return Room(quotas, {"near": Share(10.0), "a": Share(10.0), "b": Share(10.0), "other": 2 * GIB}, expected)
 
 
 def places(made: Plan) -> list[str | None]:
@@ -158,13 +163,20 @@ def test_disks_on_two_storages_share_each_quota_apart() -> None:
         {},
         fleecing=REQUIRE,
         nearest={"vda": "a", "vdb": "b", "vdc": "a"},
-        quotas={"a": GIB, "b": 100 * GIB},
+        room=room({"a": GIB, "b": 100 * GIB}, {}),
     )
     assert places(made) == ["a", "b", "a"]
     first, second, third = (one.grant_bytes for one in made.disks)
     assert second == GIB
     assert first == third
     assert GIB - MIB < first + third <= GIB
+
+
+def test_first_grants_come_from_history_or_else_from_the_storage() -> None:
+    made = planned(REQUIRE, expected={"vdb": 3 * GIB})
+    assert [one.grant_bytes for one in made.disks] == [GIB, 3 * GIB]
+    made = planned(Fleecing(storage="other"), expected={"vdb": 3 * GIB})
+    assert [one.grant_bytes for one in made.disks] == [2 * GIB, 3 * GIB]
 
 
 @pytest.mark.parametrize("policy", list(FleecingPolicy))
@@ -202,8 +214,8 @@ def test_the_quota_is_too_small_for_even_the_smallest_images() -> None:
         planned(REQUIRE, disks, near=least - MIB)
     assert failed.value.code == "quota-too-small"
     assert not failed.value.retryable
-    assert "storage near has a quota of 1.5 MiB" in failed.value.message
-    assert "vda, vdb need at least 2.5 MiB" in failed.value.message
+    assert "storage near has a quota of 1.6 MiB" in failed.value.message
+    assert "vda, vdb need at least 2.6 MiB" in failed.value.message
     assert failed.value.hint == "raise storage.near.quota"
 
 

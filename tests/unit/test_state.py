@@ -155,7 +155,7 @@ def test_the_last_due_time_of_each_job_is_kept_with_its_zone(catalogue: Catalogu
         lambda one: one.results("v"),
         lambda one: one.last_due("j"),
         lambda one: one.set_last_due("j", STARTED),
-        lambda one: Catalogue(one._path.parent),
+        lambda one: Catalogue(one._database._path.parent),
     ],
 )
 @pytest.mark.parametrize("damage", [b"no database", b"SQLite format 3\0" + bytes(range(256)) * 16])

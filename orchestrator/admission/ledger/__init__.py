@@ -1,0 +1,1 @@
+"""Who holds which grants: the contract, and where it is kept."""

@@ -1,0 +1,87 @@
+"""From what the engine knows to what `status` shows. Reads only."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+
+from orchestrator.admission.accounts import Accounts
+from orchestrator.admission.controller import Controller
+from orchestrator.config import StorageSettings
+from orchestrator.model import Phase, Progress, RunOptions
+from orchestrator.service.status import RunStatus, StorageStatus, WaitingStatus
+from orchestrator.storage.base import Storage
+
+PLANNING = "planning"
+"""The phase of a run that has not asked for admission yet."""
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """A run that is not over. `progress` is the last that it said."""
+
+    vm: str
+    run: str
+    priority: int
+    options: RunOptions
+    started: datetime
+    progress: Progress | None = None
+
+
+def storage_status(settings: StorageSettings, storage: Storage, accounts: Accounts) -> StorageStatus:
+    """One storage: what is granted and used, and what its file system says."""
+    name = storage.name
+    space = accounts.space(name)
+    return StorageStatus(
+        name=name,
+        path=str(settings.path),
+        quota_bytes=storage.quota_bytes,
+        granted_bytes=accounts.granted_bytes(name),
+        stranded_bytes=accounts.stranded_bytes(name),
+        used_bytes=accounts.used_bytes(name),
+        peak_bytes=accounts.peak_bytes(name),
+        free_bytes=space.free_bytes if space else None,
+        floor_bytes=space.floor_bytes if space else None,
+        runs=accounts.runs(name),
+        max_runs=storage.max_runs,
+        lacks=tuple(lack.consequence for lack in storage.lacks),
+    )
+
+
+def runs_and_queue(
+    live: Iterable[Live], controller: Controller
+) -> tuple[tuple[RunStatus, ...], tuple[WaitingStatus, ...]]:
+    """The runs under way, as they began, and those that wait, as they will be admitted."""
+    by_run = {one.run: one for one in live}
+    waiting = controller.waiting()
+    queue = tuple(
+        WaitingStatus(
+            vm=one.vm,
+            run=run,
+            job=one.options.job,
+            target=one.options.target,
+            priority=one.priority,
+            started=one.started.isoformat(),
+            reasons=waits.reasons,
+        )
+        for run, waits in waiting.items()
+        if (one := by_run.get(run)) is not None
+    )
+    return tuple(_run_status(one) for run, one in by_run.items() if run not in waiting), queue
+
+
+def _run_status(live: Live) -> RunStatus:
+    progress = live.progress
+    disks = progress.disks if progress else ()
+    under_way = progress is not None and progress.phase is not Phase.QUEUED
+    return RunStatus(
+        vm=live.vm,
+        run=live.run,
+        job=live.options.job,
+        target=live.options.target,
+        phase=progress.phase if progress and under_way else PLANNING,
+        started=live.started.isoformat(),
+        size_bytes=sum(disk.size_bytes for disk in disks),
+        copied_bytes=sum(disk.copied_bytes for disk in disks),
+        fleecing_bytes=sum(disk.fleecing_bytes for disk in disks),
+        grant_bytes=sum(disk.grant_bytes for disk in disks),
+    )

@@ -1,0 +1,86 @@
+"""SQLite files in state_dir: durable, one short transaction at a time, and errors that say what to do."""
+
+import contextlib
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from orchestrator.errors import StateError
+
+BUSY_SECONDS = 10.0
+
+
+class Database:
+    """One file. Its methods block; threads take turns.
+
+    `lost` is what is lost with the file if somebody moves it away, for the message about a damaged one.
+    `stays_open`: for a file that is written often, since closing it costs another write to the disk.
+    """
+
+    def __init__(self, path: Path, schema: str, *, version: int, lost: str, stays_open: bool) -> None:
+        self._path = path
+        self._schema = schema
+        self._version = version
+        self._lost = lost
+        self._stays_open = stays_open
+        self._connection: sqlite3.Connection | None = None
+        self._turn = threading.RLock()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that writes: committed at the end of the block, rolled back if it raises.
+
+        Raises StateError where the file cannot be used.
+        """
+        with self._turn:
+            try:
+                connection = self._connection = self._connection or self._open()
+                connection.execute("BEGIN IMMEDIATE")
+                try:
+                    yield connection
+                except BaseException:
+                    connection.execute("ROLLBACK")
+                    raise
+                connection.execute("COMMIT")
+            except sqlite3.Error as error:
+                self.close()  # what it was in the middle of is rolled back
+                raise StateError(
+                    f"cannot use {self._path}: {error}",
+                    hint=f"is its file system full? A damaged file can be moved away: {self._lost}",
+                    code="state-unusable",
+                ) from error
+            finally:
+                if not self._stays_open:
+                    self.close()
+
+    def _open(self) -> sqlite3.Connection:
+        # Autocommit: transactions are begun by us.
+        connection = sqlite3.connect(
+            self._path, isolation_level=None, check_same_thread=False, timeout=BUSY_SECONDS
+        )
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA foreign_keys = ON")
+            found = connection.execute("PRAGMA user_version").fetchone()[0]
+            if found > self._version:
+                raise StateError(
+                    f"{self._path} was written by a newer vmfleece (format {found}, here {self._version})",
+                    hint="use that one; an older vmfleece would damage it",
+                    code="state-unusable",
+                )
+            connection.executescript(self._schema)
+            connection.execute(f"PRAGMA user_version = {self._version}")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def close(self) -> None:
+        """Close the file; it is opened again when it is needed again."""
+        with self._turn:
+            if self._connection is not None:
+                with contextlib.suppress(sqlite3.Error):
+                    self._connection.close()
+                self._connection = None
