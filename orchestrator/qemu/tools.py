@@ -19,9 +19,14 @@ from orchestrator.errors import ToolError
 PIPE_READ_BYTES = 1 << 20
 
 
-async def create_qcow2(descriptor: int, size_bytes: int, *, options: str = "") -> None:
-    """Make an open empty file a qcow2 image of a virtual size."""
+async def create_qcow2(descriptor: int, size_bytes: int, *, options: str = "", backing: str | None = None) -> None:
+    """Make an open empty file a qcow2 image of a virtual size.
+
+    `backing` is a qcow2 image, by a path from where the file will be; whether it is there is not looked at.
+    """
     argv = ["qemu-img", "create", "-q", "-f", "qcow2"]
+    if backing is not None:
+        argv += ["-u", "-b", backing, "-F", "qcow2"]
     if options:
         argv += ["-o", options]
     await _run([*argv, f"/dev/fd/{descriptor}", str(size_bytes)], pass_fds=(descriptor,))

@@ -33,12 +33,16 @@ _PRECISIONS = {0: timedelta(days=1), 2: timedelta(hours=1), 4: timedelta(minutes
 
 @dataclass(frozen=True, slots=True)
 class SnapshotDisk:
-    """One disk of a snapshot. `sha256` is of its whole content, as `sha256sum` prints for the raw disk."""
+    """One disk of a snapshot. `sha256` is of its whole content, as `sha256sum` prints for the raw disk.
+
+    `parent` is the snapshot whose image of the disk its own builds on; None: it stands alone.
+    """
 
     disk: str
     size_bytes: int
     sha256: str
     stored_bytes: int
+    parent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +84,11 @@ class Draft(abc.ABC):
     snapshot_id: str
 
     @abc.abstractmethod
-    async def add_disk(self, disk: Disk, *, compressible: bool) -> Sink:
-        """A place for the disk's content; `compressible` False: QEMU writes parts of it twice (no compression)."""
+    async def add_disk(self, disk: Disk, *, compressible: bool, parent: str | None = None) -> Sink:
+        """A place for the disk's content; `compressible` False: QEMU writes parts of it twice (no compression).
+
+        With a `parent`, a listed snapshot that has the disk, only what changed since it will be written.
+        """
 
     @abc.abstractmethod
     async def seal(self, disk: Disk) -> SnapshotDisk:

@@ -57,7 +57,13 @@ class FakeDraft(Draft):
         self._sealed: dict[str, SnapshotDisk] = {}
         target.drafts.append(self)
 
-    async def add_disk(self, disk: Disk, *, compressible: bool) -> Sink:  # noqa: ARG002
+    async def add_disk(
+        self,
+        disk: Disk,
+        *,
+        compressible: bool,  # noqa: ARG002
+        parent: str | None = None,  # noqa: ARG002
+    ) -> Sink:
         await self._target.step("add_disk")
         self._files[disk.id] = os.memfd_create(f"target-{disk.id}")
         os.ftruncate(self._files[disk.id], disk.size_bytes)

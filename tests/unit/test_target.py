@@ -26,6 +26,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from orchestrator import aio
 from orchestrator.errors import TargetError
 from orchestrator.model import Compression, Disk
 from orchestrator.target.base import Draft, Sink, Snapshot, Target, find
@@ -36,6 +37,7 @@ from orchestrator.target.images.target import ImagesTarget
 STARTED = datetime(2026, 11, 22, 2, 30, 0, 123456, tzinfo=UTC)
 STAMP = "20261122T023000Z"
 KIB, MIB = 1024, 1024 * 1024
+CLUSTER = 64 * KIB
 DETAILS = {"kind": "full", "run": "0a1b2c3d"}
 
 
@@ -151,6 +153,51 @@ def as_raw(path: Path, image_format: str) -> bytes:
     raw = path.with_suffix(".asraw")
     subprocess.check_call(["qemu-img", "convert", "-f", image_format, "-O", "raw", path, raw])
     return raw.read_bytes()
+
+
+async def test_a_chain_gives_back_each_of_its_points_whole(target: Target, tmp_path: Path) -> None:
+    """Of each point after the first only what changed is written, as QEMU does: without opening the parent."""
+    size = 3 * MIB + 512
+    now = bytearray(content(size, 0))
+    points = [(await snapshot(target, disk(size_bytes=size)), bytes(now))]
+    changes = [{0: b"\1" * CLUSTER, 2: bytes(CLUSTER)}, {47: b"\2" * CLUSTER, 48: b"\3" * 512}, {}]
+    for hours, changed in enumerate(changes, start=1):
+        parent = points[-1][0].id
+        draft = await target.begin("web01", STARTED + timedelta(hours=hours))
+        sink = await draft.add_disk(disk(size_bytes=size), compressible=True, parent=parent)
+        writes = []
+        for at, data in changed.items():
+            now[at * CLUSTER : at * CLUSTER + len(data)] = data
+            how = "-z" if not any(data) else f"-P {data[0]}"
+            writes += ["-c", f"write -q {how} {at * CLUSTER} {len(data)}"]
+        image = {"driver": "file", "filename": f"/dev/fd/{sink.descriptor}"}
+        options = "json:" + json.dumps({"driver": "qcow2", "backing": None, "file": image})
+        if writes:
+            await aio.run_process(["qemu-io", options, *writes], pass_fds=[sink.descriptor])
+        await draft.seal(disk(size_bytes=size))
+        points.append((await draft.commit(DETAILS | {"kind": "incremental"}), bytes(now)))
+        assert points[-1][0].disk("vda").parent == parent
+    assert await target.snapshots() == [point for point, _ in points]
+    for number, (point, data) in enumerate(points):
+        out = tmp_path / f"{number}.raw"
+        await target.extract(point, "vda", to=out, image_format="raw")
+        assert out.read_bytes() == data
+        assert point.disk("vda").sha256 == hashlib.sha256(data).hexdigest()
+
+
+async def test_a_chain_can_be_moved(tmp_path: Path) -> None:
+    """Backing files are named relative to each other."""
+    target = ImagesTarget("main", tmp_path / "here")
+    await target.prepare()
+    first = await snapshot(target)  # content(MIB, 0)
+    draft = await target.begin("web01", STARTED + timedelta(hours=1))
+    await draft.add_disk(disk(), compressible=True, parent=first.id)
+    await draft.seal(disk())
+    second = await draft.commit(DETAILS)
+    (tmp_path / "here").rename(tmp_path / "there")
+    out = tmp_path / "out"
+    await ImagesTarget("main", tmp_path / "there").extract(second, "vda", to=out, image_format="raw")
+    assert out.read_bytes() == content(MIB, 0)
 
 
 async def test_disks_are_listed_in_the_order_in_which_they_were_added(target: Target) -> None:

@@ -31,6 +31,7 @@ def encode(snapshot: Snapshot) -> bytes:
                 "size_bytes": disk.size_bytes,
                 "stored_bytes": disk.stored_bytes,
                 "sha256": disk.sha256,
+                "parent": disk.parent,
             }
             for disk in snapshot.disks
         ],
@@ -56,7 +57,9 @@ def read(path: Path, *, target: str) -> Snapshot:
             created=datetime.fromisoformat(document["created"]),
             kind=document["kind"],
             disks=tuple(
-                SnapshotDisk(disk["disk"], disk["size_bytes"], disk["sha256"], disk["stored_bytes"])
+                SnapshotDisk(
+                    disk["disk"], disk["size_bytes"], disk["sha256"], disk["stored_bytes"], disk.get("parent")
+                )
                 for disk in document["disks"]
             ),
             details=document["details"],

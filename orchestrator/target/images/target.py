@@ -156,12 +156,13 @@ class ImagesDraft(Draft):
         self._lock = lock
         self._compression = compression
         self._disks: list[str] = []
+        self._parents: dict[str, str | None] = {}
         self._images: dict[str, int] = {}
         self._sealed: dict[str, SnapshotDisk] = {}
         self._renamed = False
         self._committed: Snapshot | None = None
 
-    async def add_disk(self, disk: Disk, *, compressible: bool) -> Sink:
+    async def add_disk(self, disk: Disk, *, compressible: bool, parent: str | None = None) -> Sink:
         if not DISK_NAME.fullmatch(disk.id):
             raise TargetError(
                 f"disk {disk.id!r} cannot be a file's name",
@@ -173,9 +174,11 @@ class ImagesDraft(Draft):
             flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
             self._images[disk.id] = os.open(self._path(disk.id), flags, 0o600)
         self._disks.append(disk.id)
+        self._parents[disk.id] = parent
         options = "compression_type=zstd" if compress else ""
+        backing = f"../{parent.rpartition('/')[2]}/{manifest.disk_file(disk.id)}" if parent else None
         try:
-            await tools.create_qcow2(self._images[disk.id], disk.size_bytes, options=options)
+            await tools.create_qcow2(self._images[disk.id], disk.size_bytes, options=options, backing=backing)
         except ToolError as error:
             status = os.fstatvfs(self._images[disk.id])
             full = status.f_bavail * status.f_frsize < EMPTY_QCOW2_BYTES
@@ -196,7 +199,9 @@ class ImagesDraft(Draft):
         finally:
             os.close(descriptor)
         digest = await tools.sha256(self._path(disk.id), "qcow2")
-        self._sealed[disk.id] = SnapshotDisk(disk.id, disk.size_bytes, digest, stored_bytes)
+        self._sealed[disk.id] = SnapshotDisk(
+            disk.id, disk.size_bytes, digest, stored_bytes, self._parents[disk.id]
+        )
         return self._sealed[disk.id]
 
     async def commit(self, details: dict[str, Any]) -> Snapshot:
