@@ -4,7 +4,8 @@ Configuration comes in through `config` (pydantic) and leaves it as these classe
 classes and are rendered by `cli`. Sizes are bytes, times are seconds unless a name says otherwise.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -179,3 +180,23 @@ class Progress:
     phase: Phase
     disks: tuple[DiskProgress, ...] = ()
     waits_for: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """How many snapshots each rule keeps; 0: there is no such rule. No rule at all keeps everything."""
+
+    last: int = 0
+    hourly: int = 0
+    daily: int = 0
+    weekly: int = 0
+    monthly: int = 0
+    yearly: int = 0
+    all: bool = False
+
+    def rules(self) -> Iterator[tuple[str, int]]:
+        """Those there are, in the order in which they are applied; none if everything is kept."""
+        for field in fields(self):
+            count = getattr(self, field.name)
+            if field.name != "all" and count > 0 and not self.all:
+                yield field.name, count

@@ -266,8 +266,10 @@ class Controller:
         while self._queue:
             async with self._turn:
                 decision = self._decide()
-                self._tell(decision)
-                if not decision.admitted or not await self._start(self._waiters[decision.admitted[0].run]):
+                if not decision.admitted:
+                    self._tell(decision)  # not before: those that were admitted are holders, too
+                    break
+                if not await self._start(self._waiters[decision.admitted[0].run]):
                     break
         for lease in self.accounts.leases.values():
             storages = {lease.grants[disk].storage for disk in lease.unmet_bytes}
@@ -301,12 +303,9 @@ class Controller:
         """Tell the first of each line what it lacks, if that is something new, and newcomers that they wait."""
         for first in decision.stopped():
             self._tell_one(self._waiters[first.run], Waiting(decision.obstacles(first)))
-        admitted = {request.run for request in decision.admitted}
         newcomers, self._newcomers = self._newcomers, []
         for waiter in newcomers:
-            if waiter.request.run in admitted:
-                self._newcomers.append(waiter)  # it starts in a turn of its own, or not
-            elif waiter.told is None and waiter.request.run in self._waiters:
+            if waiter.told is None and waiter.request.run in self._waiters:
                 self._tell_one(waiter, Waiting((), self._queue.ahead(waiter.request)))
 
     def _tell_one(self, waiter: _Waiter, waiting: Waiting) -> None:

@@ -14,6 +14,9 @@ wanted, an image never runs full
 - if its speed at most doubles every second, from up to 50 MiB/s, and reactions take up to 0.3 s;
 - if its speed is constant, and fills less than half of the first grant during a reaction of less than 2 s.
 
+A reaction takes as long as the target takes for the half MiB that a job has in flight (`commands.IN_FLIGHT`), and
+some milliseconds: 0.1 s at 5 MB/s, 0.5 s at 1 MB/s. One that hangs is a reaction that does not end.
+
 And one that never fills faster than 37 MiB/s is given no limit of more than 448 MiB above what it holds.
 
 Source of the worst case: QEMU's docs/interop/qcow2, with 64 KiB clusters and 16-bit refcounts; a test holds it
@@ -127,6 +130,14 @@ def first_grants(disks: Mapping[str, Need], quota_bytes: int) -> dict[str, int] 
         return None
     more = {disk: wanted[disk] - least[disk] for disk in disks}
     return {disk: whole(least[disk] + spare * more[disk] // sum(more.values())) for disk in disks}
+
+
+def least_first_grants(disks: Mapping[str, Need]) -> int:
+    """What the first grants of one run on one storage add up to at least, where there is room for them."""
+    return sum(
+        min(worst_case(need.size_bytes), max(whole(FIRST_LEAST), smallest_grant(need.size_bytes)))
+        for need in disks.values()
+    )
 
 
 def next_grant(grant_bytes: int, fill: Fill, *, disk_bytes: int) -> int:

@@ -47,7 +47,6 @@ LATER = (
     Later("vm", "extra_files"),
     Later("job", "consistency", values=("freeze",), instead="allowed: 'pause' or 'none'"),
     Later("job", "full_every", only=0),
-    Later("job", "prune_backups"),
     Later("job", "hook"),
 )
 

@@ -169,4 +169,5 @@ def _job(name: str, job: JobTable, draft: Draft) -> JobSettings:
         randomized_delay_seconds=job.randomized_delay,
         repeat_missed=job.repeat_missed,
         retries=job.retries,
+        keep=job.prune_backups,
     )

@@ -6,9 +6,10 @@ test) in config/vmfleece.toml and docs/configuration.md. Defaults are written as
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from orchestrator.config.later import LATER
+from orchestrator.config.properties import read_keep
 from orchestrator.config.settings import LogFormat, LogLevel
 from orchestrator.config.values import (
     AbsolutePath,
@@ -25,7 +26,7 @@ from orchestrator.config.values import (
     one_of,
     read_fleecing,
 )
-from orchestrator.model import Compression, Consistency, FleecingPolicy
+from orchestrator.model import Compression, Consistency, FleecingPolicy, Keep
 
 
 def _key(default: Any = ..., *, description: str, example: Any) -> Any:
@@ -210,6 +211,11 @@ class JobTable(Table):
     )
     full_every: int = _key(
         0, description="Length of a chain of incremental backups; 0: full when needed.", example=0
+    )
+    prune_backups: Annotated[Keep, BeforeValidator(read_keep), WithJsonSchema({"type": "string"})] | None = _key(
+        None,
+        description="Which backups of its VMs are kept on the target, as vzdump writes it; all if absent.",
+        example="keep-last=3,keep-daily=13,keep-weekly=8",
     )
     retries: Annotated[int, Field(ge=0, le=10)] = _key(
         2, description="How often a run that failed is tried again.", example=2

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ConfigError
-from orchestrator.model import Compression, RunOptions, Vm
+from orchestrator.model import Compression, Keep, RunOptions, Vm
 from orchestrator.units import Share
 
 
@@ -61,7 +61,7 @@ class TargetSettings:
 
 @dataclass(frozen=True, slots=True)
 class JobSettings:
-    """A job. `vms` are the VMs that its patterns select, `schedule` None: only by hand."""
+    """A job. `vms` are the VMs that its patterns select, `schedule` None: only by hand, `keep` None: everything."""
 
     name: str
     vms: tuple[str, ...]
@@ -70,6 +70,7 @@ class JobSettings:
     randomized_delay_seconds: float
     repeat_missed: bool
     retries: int
+    keep: Keep | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,14 @@ class Config:
     def run_options(self, job_name: str) -> RunOptions:
         """Return how a job backs up each of its VMs."""
         return self._job(job_name).options
+
+    def keeps(self, target: str, vm: str) -> tuple[Keep, ...]:
+        """Return what jobs say is kept of a VM's snapshots on a target; none: everything is.
+
+        All of them count, whichever job made a snapshot: what one keeps, another must not remove.
+        """
+        jobs = (job for job in self.job.values() if job.options.target == target and vm in job.vms)
+        return tuple(dict.fromkeys(job.keep for job in jobs if job.keep is not None))
 
     def _job(self, name: str) -> JobSettings:
         if name not in self.job:

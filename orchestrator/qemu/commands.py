@@ -11,8 +11,11 @@ from typing import Any
 PREFIX = "vmf-"
 """All our nodes, jobs and descriptor sets are named so; nothing else in QEMU is ever touched."""
 
-IN_FLIGHT = {"max-workers": 8, "max-chunk": 256 * 1024}
-"""A job's requests in flight: no slower than QEMU's default of 64 of up to 1 MiB, and paused much sooner."""
+IN_FLIGHT = {"max-workers": 4, "max-chunk": 128 * 1024}
+"""A job's requests in flight: no slower than QEMU's default of 64 of up to 1 MiB, and paused much sooner.
+
+A grant can be extended only once they have landed: to a target that takes 1 MB/s, in half a second.
+"""
 
 
 @dataclass(frozen=True, slots=True)

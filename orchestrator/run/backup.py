@@ -175,7 +175,7 @@ class _Run:
                 async with self._admit(planned) as lease:
                     # It may have waited for hours: the VM is asked again.
                     await monitor.reconnect(deadline_seconds=copy.RECONNECT_SECONDS)
-                    if (await self._survey(monitor)).disks != planned.disks:
+                    if not (await self._survey(monitor)).is_like(planned):
                         log.info("run.replanned")
                         continue
                     self._facts.warnings += planned.warnings

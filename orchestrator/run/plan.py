@@ -4,7 +4,7 @@ Which disks, full or incremental and why, fleeced on which storage with which fi
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.admission import estimate
@@ -40,16 +40,23 @@ class Plan:
     skipped: Mapping[str, str]
     warnings: tuple[str, ...] = ()
 
+    def is_like(self, other: "Plan") -> bool:
+        """Whether the same would be done, whatever is granted first."""
+        return [replace(one, grant_bytes=0) for one in self.disks] == [
+            replace(one, grant_bytes=0) for one in other.disks
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class Room:
     """What first grants are made of. Sizes in bytes.
 
-    Of each storage its quota, and the share of a disk that it gives first where nothing is known; `expected` is
-    what the past runs of the VM let expect, by disk.
+    Of each storage its quota, what its file system could give at most, and the share of a disk that it gives first
+    where nothing is known; `expected` is what the past runs of the VM let expect, by disk.
     """
 
     quotas: Mapping[str, int]
+    attainable: Mapping[str, int]
     shares: Mapping[str, Share | int]
     expected: Mapping[str, int]
 
@@ -173,7 +180,9 @@ def _grants(
         by_storage.setdefault(name, {})[disk.id] = need
     grants: dict[str, tuple[str, int]] = {}
     for name, needs in by_storage.items():
-        first = estimate.first_grants(needs, room.quotas[name])
+        # More than the file system has would wait for ever, and others behind it; the least may be freed yet.
+        attainable_bytes = max(room.attainable[name], estimate.least_first_grants(needs))
+        first = estimate.first_grants(needs, min(room.quotas[name], attainable_bytes))
         if first is None:
             least = sum(estimate.smallest_grant(need.size_bytes) for need in needs.values())
             raise AdmissionError(

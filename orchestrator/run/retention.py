@@ -25,10 +25,11 @@ kept is kept by the next decision, whether the removal went through, stopped hal
 stays; nothing goes that anything kept is based on.
 """
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
+
+from orchestrator.model import Keep
 
 _PERIODS = {
     "hourly": "%Y-%m-%d %H:00",
@@ -37,44 +38,19 @@ _PERIODS = {
     "monthly": "%Y-%m",
     "yearly": "%Y",
 }
-_KEYS = {f"keep-{name}": name for name in ("last", *_PERIODS, "all")}
-
-KEEP_ALLOWED = (
-    '"keep-last=3,keep-daily=13" (any of keep-last, keep-hourly, keep-daily, keep-weekly, keep-monthly,'
-    ' keep-yearly, each with a whole number), or "keep-all=1"'
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Keep:
-    """How many snapshots each rule keeps; 0: there is no such rule. No rule at all keeps everything."""
-
-    last: int = 0
-    hourly: int = 0
-    daily: int = 0
-    weekly: int = 0
-    monthly: int = 0
-    yearly: int = 0
-    all: bool = False
-
-    def rules(self) -> Iterator[tuple[str, int]]:
-        """Those there are, in the order in which they are applied; none if everything is kept."""
-        if not self.all:
-            for name in ("last", *_PERIODS):
-                if (count := getattr(self, name)) > 0:
-                    yield name, count
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
     """A snapshot, as far as retention goes. `time` is aware.
 
-    `parent` is the one that its files have as backing files; one that is not among the points is ignored.
+    `parents` are those that its files have as backing files, each disk's its own; one that is not among the points
+    is ignored.
     """
 
     id: str
     time: datetime
-    parent: str | None = None
+    parents: tuple[str, ...] = ()
     protected: bool = False
 
 
@@ -105,7 +81,7 @@ def decide(points: Sequence[Point], keep: Keep, zone: tzinfo | None) -> tuple[Ve
     counted = [point for point in reversed(oldest_first) if not point.protected]
     for kept, reason in _kept_by_rules(counted, keep, zone).items():
         reasons[kept] = [reason]
-    parents = {point.id: point.parent for point in oldest_first if point.parent in by_id}
+    parents = {point.id: [one for one in point.parents if one in by_id] for point in oldest_first}
     for parent, children in _needs(parents, reasons).items():
         reasons.setdefault(parent, []).extend(f"needed by {child}" for child in children)
     return tuple(
@@ -114,30 +90,20 @@ def decide(points: Sequence[Point], keep: Keep, zone: tzinfo | None) -> tuple[Ve
     )
 
 
-def parse_keep(text: str) -> Keep:
-    """Read retention as vzdump writes it: `keep-last=3,keep-daily=13`. ValueError says what is wrong.
+def decide_all(points: Sequence[Point], keeps: Iterable[Keep], zone: tzinfo | None) -> tuple[Verdict, ...]:
+    """As `decide`, of several policies for the same VM and target: what any of them keeps, stays.
 
-    Zeros alone are refused: vzdump takes them for keep-all=1, but whoever reads them expects the opposite.
+    None at all keeps everything. What holds of one decision holds of this one.
     """
-    found: dict[str, int] = {}
-    for part in text.split(","):
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals:
-            raise ValueError(f"{text!r}: {part!r} is no property; allowed: {KEEP_ALLOWED}")
-        if key not in _KEYS:
-            raise ValueError(f"{text!r}: {key!r} is not known; allowed: {KEEP_ALLOWED}")
-        if _KEYS[key] in found:
-            raise ValueError(f"{text!r} gives {key} twice; allowed: {KEEP_ALLOWED}")
-        allowed, pattern = ("1 or 0", "[01]") if key == "keep-all" else ("a whole number", "[0-9]+")
-        if not re.fullmatch(pattern, value):
-            raise ValueError(f"{text!r}: {key} is {value!r}; allowed: {allowed}")
-        found[_KEYS[key]] = int(value)
-    everything = bool(found.pop("all", 0))
-    if everything and any(found.values()):
-        raise ValueError(f"{text!r} keeps all and gives numbers too; allowed: keep-all=1 alone, or numbers alone")
-    if not everything and not any(found.values()):
-        raise ValueError(f"{text!r} would keep nothing; allowed: a number above 0, or keep-all=1 for everything")
-    return Keep(**found, all=everything)
+    decisions = [decide(points, keep, zone) for keep in dict.fromkeys(keeps) or [Keep()]]
+    return tuple(_either(verdicts) for verdicts in zip(*decisions, strict=True))
+
+
+def _either(verdicts: Sequence[Verdict]) -> Verdict:
+    """One verdict on a snapshot out of several: it stays if any says so, for all of their reasons."""
+    keep = any(verdict.keep for verdict in verdicts)
+    reasons = (reason for verdict in verdicts if verdict.keep == keep for reason in verdict.reasons)
+    return Verdict(verdicts[0].id, keep, tuple(dict.fromkeys(reasons)))
 
 
 def _kept_by_rules(newest_first: Sequence[Point], keep: Keep, zone: tzinfo | None) -> dict[str, str]:
@@ -168,16 +134,17 @@ def _periods(rule: str, newest_first: Sequence[Point], zone: tzinfo | None) -> d
     return periods
 
 
-def _needs(parents: Mapping[str, str], kept: Iterable[str]) -> dict[str, list[str]]:
-    """What has to stay, and of which of the staying it is the parent."""
+def _needs(parents: Mapping[str, Iterable[str]], kept: Iterable[str]) -> dict[str, list[str]]:
+    """What has to stay, and of which of the staying it is a parent."""
     staying = set(kept)
-    for last in kept:
-        child = last
-        while (parent := parents.get(child)) is not None and parent not in staying:
-            staying.add(parent)
-            child = parent
+    to_follow = list(staying)
+    while to_follow:
+        found = set(parents[to_follow.pop()]) - staying
+        staying |= found
+        to_follow += found
     needs: dict[str, list[str]] = {}
-    for child, parent in parents.items():
+    for child, its_parents in parents.items():
         if child in staying:
-            needs.setdefault(parent, []).append(child)
+            for parent in its_parents:
+                needs.setdefault(parent, []).append(child)
     return needs

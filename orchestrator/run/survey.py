@@ -9,7 +9,7 @@ from typing import Any
 import structlog
 
 from orchestrator.admission import history
-from orchestrator.errors import RefusedError
+from orchestrator.errors import RefusedError, StorageError
 from orchestrator.fleecing import graph
 from orchestrator.fleecing.names import run_of, run_prefix
 from orchestrator.fleecing.pauser import Pauser
@@ -27,11 +27,23 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Storages:
-    """The storages by name, the share of a disk that each grants first, and a VM's past results, oldest first."""
+    """The storages by name, and what first grants are made of.
+
+    The share of a disk that each grants first, a VM's past results, oldest first, and what live images occupy.
+    """
 
     by_name: Mapping[str, Storage]
     first_shares: Mapping[str, Share | int]
     past_results: Callable[[str], Sequence[Mapping[str, Any]]]
+    used_bytes: Callable[[str], int] = lambda _storage: 0
+
+    def attainable_bytes(self, name: str) -> int:
+        """What the file system could give to new images at most, if all live ones were given back. Blocks."""
+        try:
+            space = self.by_name[name].space()
+        except StorageError:  # whoever makes images there says what is wrong with it
+            return 0
+        return max(0, space.free_bytes - space.floor_bytes + self.used_bytes(name))
 
 
 async def survey(
@@ -62,6 +74,7 @@ async def survey(
         nearest=await asyncio.to_thread(nearest_storages, chosen, storages.by_name),
         room=Room(
             quotas={name: storage.quota_bytes for name, storage in storages.by_name.items()},
+            attainable={name: storages.attainable_bytes(name) for name in storages.by_name},
             shares=storages.first_shares,
             expected=history.expected(past_results, Kind.FULL),
         ),

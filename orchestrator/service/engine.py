@@ -15,6 +15,7 @@ from typing import Any
 import structlog
 
 from orchestrator import aio
+from orchestrator.admission import estimate
 from orchestrator.admission.accounts import Accounts
 from orchestrator.admission.controller import Controller
 from orchestrator.admission.ledger.base import Owner
@@ -57,10 +58,12 @@ def storages(config: Config) -> dict[str, Storage]:
     }
 
 
-def storages_for_plans(config: Config, by_name: Mapping[str, Storage]) -> Storages:
-    """The storages with all that first grants are made of."""
+def storages_for_plans(
+    config: Config, by_name: Mapping[str, Storage], used_bytes: Callable[[str], int] = lambda _storage: 0
+) -> Storages:
+    """The storages with all that first grants are made of; `used_bytes` is what live images occupy of one."""
     first_shares = {name: settings.first_grant for name, settings in config.storage.items()}
-    return Storages(by_name, first_shares, lambda vm: past_results(config, vm))
+    return Storages(by_name, first_shares, lambda vm: past_results(config, vm), used_bytes)
 
 
 def past_results(config: Config, vm: str) -> Sequence[Mapping[str, Any]]:
@@ -128,7 +131,7 @@ class Engine:
             target_max_runs={name: one.max_runs for name, one in targets_by_name.items()},
         )
         self._means = Means(
-            storages=storages_for_plans(config, self._storages),
+            storages=storages_for_plans(config, self._storages, self._controller.accounts.used_bytes),
             targets=targets_by_name,
             controller=self._controller,
             is_ours=self.catalogue.knows,
@@ -233,7 +236,7 @@ class Engine:
         for disk in result.disks:
             if disk.storage is not None:
                 granted_bytes[disk.storage] = granted_bytes.get(disk.storage, 0) + disk.grant_bytes
-        return all(size < self._storages[name].quota_bytes for name, size in granted_bytes.items())
+        return all(size < estimate.whole(self._storages[name].quota_bytes) for name, size in granted_bytes.items())
 
     async def _recover(self) -> None:
         """Give back what dead runs hold as soon as nothing of them lives. Runs until cancelled."""

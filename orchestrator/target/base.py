@@ -5,12 +5,17 @@
     …QEMU copies…
     await draft.seal(disk)             the disk is complete and durable, its hash known
     await draft.commit(…)              all of it is listed, or nothing is
+    await target.remove(snapshot)      it is not listed any more, and its space is free
 
 What an implementation promises:
 - after `commit` returned, the snapshot survives power loss; before, it is not listed, whatever happens;
 - after `abort` nothing of the draft is left or listed; `commit` and `abort` may both be called again;
-- what a dead process left half-written is never listed, and is removed by a later `begin` for the same VM.
-Errors are TargetError. Cancelling any of it leaves a draft that `abort` removes.
+- what a dead process left half-written or half-removed is never listed, and is removed by a later `begin` or
+  `remove` for the same VM;
+- what a snapshot or a draft builds on cannot be removed, nor what is protected, whoever does what at the same time:
+  other processes on this host, too.
+Errors are TargetError. Cancelling any of it leaves a draft that `abort` removes; a removal or protection that has
+begun is finished first.
 """
 
 import abc
@@ -47,7 +52,10 @@ class SnapshotDisk:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a successful run left on a target. `details` is what else was recorded about the run."""
+    """What a successful run left on a target. `details` is what else was recorded about the run.
+
+    `protected`: an operator said that it stays, whatever retention says.
+    """
 
     id: str
     target: str
@@ -56,6 +64,17 @@ class Snapshot:
     kind: str
     disks: tuple[SnapshotDisk, ...]
     details: dict[str, Any]
+    protected: bool = False
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """The snapshots that its disks' images build on, each once."""
+        return tuple(dict.fromkeys(disk.parent for disk in self.disks if disk.parent is not None))
+
+    @property
+    def stored_bytes(self) -> int:
+        """What its own images occupy."""
+        return sum(disk.stored_bytes for disk in self.disks)
 
     def disk(self, name: str) -> SnapshotDisk:
         """One of its disks. Raises TargetError that names those there are."""
@@ -87,7 +106,8 @@ class Draft(abc.ABC):
     async def add_disk(self, disk: Disk, *, compressible: bool, parent: str | None = None) -> Sink:
         """A place for the disk's content; `compressible` False: QEMU writes parts of it twice (no compression).
 
-        With a `parent`, a listed snapshot that has the disk, only what changed since it will be written.
+        With a `parent`, a listed snapshot that has the disk, only what changed since it will be written; it cannot
+        be removed from now on. TargetError's code is "no-snapshot" if it is not there any more.
         """
 
     @abc.abstractmethod
@@ -124,6 +144,20 @@ class Target(abc.ABC):
     @abc.abstractmethod
     async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> None:
         """Write a disk's content into the file or block device at `to`, as `raw` or `qcow2`."""
+
+    @abc.abstractmethod
+    async def remove(self, snapshot: Snapshot) -> None:
+        """Take a snapshot off the list and free its space; nothing to do if it is gone.
+
+        TargetError's code is "protected" if it is, "needed" if another one, or a draft, builds on it.
+        """
+
+    @abc.abstractmethod
+    async def protect(self, snapshot: Snapshot, *, protected: bool) -> Snapshot:
+        """Protect a snapshot, or stop doing so, durably, and return it as it is now listed.
+
+        TargetError's code is "no-snapshot" if it is gone.
+        """
 
 
 def find(snapshots: Iterable[Snapshot], wanted: str) -> Snapshot:

@@ -149,7 +149,7 @@ async def test_a_full_file_system_of_the_storage_breaks_the_backup_not_the_guest
 ) -> None:
     mount = small_file_system("fast", 64)
     storage = mount / "fleecing"
-    # With a min_free the run would give way before (test_admission).
+    # With a min_free the run would give way before (test_shared_storage).
     host = Host(tmp_path, vm, storage=storage, quota="48MiB", min_free="0", exclude=ONLY_LARGE)
     async with host.backing_up(FLEECED, bwlimit=SLOWLY) as under_way:
         await under_way.until(lambda: under_way.phase is Phase.PREPARING, "the grant")

@@ -142,7 +142,12 @@ def planned(
 
 
 def room(quotas: dict[str, int], expected: dict[str, int]) -> Room:
-    return Room(quotas, {"near": Share(10.0), "a": Share(10.0), "b": Share(10.0), "other": 2 * GIB}, expected)
+    return Room(
+        quotas,
+        dict.fromkeys(quotas, 1 << 50),
+        {"near": Share(10.0), "a": Share(10.0), "b": Share(10.0), "other": 2 * GIB},
+        expected,
+    )
 
 
 def places(made: Plan) -> list[str | None]:
@@ -177,6 +182,24 @@ def test_first_grants_come_from_history_or_else_from_the_storage() -> None:
     assert [one.grant_bytes for one in made.disks] == [GIB, 3 * GIB]
     made = planned(Fleecing(storage="other"), expected={"vdb": 3 * GIB})
     assert [one.grant_bytes for one in made.disks] == [2 * GIB, 3 * GIB]
+
+
+@pytest.mark.parametrize(
+    ("attainable", "granted"),
+    [(100 * GIB, 30 * GIB), (20 * GIB, 20 * GIB), (GIB, GIB), (0, 2 * estimate.FIRST_LEAST)],
+    ids=["plenty", "less than wanted", "little", "nothing now, but others may free some"],
+)
+def test_no_more_is_wanted_than_the_file_system_could_ever_give(attainable: int, granted: int) -> None:
+    """It would wait for ever, and others behind it."""
+    disks = (disk("vda", size_bytes=100 * GIB), disk("vdb", size_bytes=100 * GIB))
+    limited = replace(
+        room({"near": 200 * GIB}, {"vda": 10 * GIB, "vdb": 20 * GIB}), attainable={"near": attainable}
+    )
+    made = plan("web01", disks, {}, fleecing=REQUIRE, nearest=dict.fromkeys(("vda", "vdb"), "near"), room=limited)
+    assert granted - MIB < sum(one.grant_bytes for one in made.disks) <= granted
+    anew = plan("web01", disks, {}, fleecing=REQUIRE, nearest=dict.fromkeys(("vda", "vdb"), "near"), room=limited)
+    assert anew.is_like(made)
+    assert not planned(REQUIRE).is_like(made)
 
 
 @pytest.mark.parametrize("policy", list(FleecingPolicy))
