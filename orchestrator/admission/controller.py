@@ -77,7 +77,7 @@ class Controller:
         limits |= {Slot("storage", name): storage.max_runs for name, storage in storages.items()}
         self._queue = Queue({slot: limit for slot, limit in limits.items() if limit is not None})
         self._waiters: dict[str, _Waiter] = {}
-        self._newcomers: list[_Waiter] = []
+        self._newcomers: dict[str, _Waiter] = {}
         self._arrivals = count()
         self._turn = asyncio.Lock()
         self._busy = asyncio.Event()
@@ -123,7 +123,7 @@ class Controller:
         request = Request(run, vm, target, priority, self._clock(), next(self._arrivals), totals)
         owner = Owner(socket.gethostname(), os.getpid(), run, vm, monitor)
         waiter = self._waiters[run] = _Waiter(owner, request, disks, on_wait)
-        self._newcomers.append(waiter)
+        self._newcomers[run] = waiter
         self._queue.add(request)
         self._busy.set()
         try:
@@ -142,6 +142,7 @@ class Controller:
             lease = waiter.lease  # only now: it may have been admitted while it waited for its turn to leave
             if self._waiters.pop(run, None) is not None:
                 self._queue.remove(run)
+                self._newcomers.pop(run, None)
             if lease is not None:
                 if lease.grants and not lease.stranded:
                     await self._give_back(lease)
@@ -289,6 +290,7 @@ class Controller:
             waiter.lease = self.accounts.leases[request.run] = Lease(request, dict(waiter.grants))
         self._queue.remove(request.run)
         del self._waiters[request.run]
+        self._newcomers.pop(request.run, None)
         waiter.decided.set()
         return True
 
@@ -303,10 +305,10 @@ class Controller:
         """Tell the first of each line what it lacks, if that is something new, and newcomers that they wait."""
         for first in decision.stopped():
             self._tell_one(self._waiters[first.run], Waiting(decision.obstacles(first)))
-        newcomers, self._newcomers = self._newcomers, []
-        for waiter in newcomers:
-            if waiter.told is None and waiter.request.run in self._waiters:
+        for waiter in self._newcomers.values():
+            if waiter.told is None:
                 self._tell_one(waiter, Waiting((), self._queue.ahead(waiter.request)))
+        self._newcomers.clear()
 
     def _tell_one(self, waiter: _Waiter, waiting: Waiting) -> None:
         lacks = frozenset(obstacle.resource for obstacle in waiting.obstacles)
