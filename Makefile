@@ -32,6 +32,7 @@ lint: $(STAMP)
 
 bench: tools $(STAMP)
 	$(BIN)/python -m benchmarks.guest_impact
+	$(BIN)/python -m benchmarks.admission
 
 clean:
 	rm -rf $(VENV) .cache
