@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import uvloop
 
 from orchestrator import __version__, config, log
-from orchestrator.cli import backup, daemon, snapshot, status, vm
+from orchestrator.cli import backup, daemon, prune, snapshot, status, vm
 from orchestrator.cli import config as config_command
 from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, VmfleeceError
 
@@ -24,6 +24,13 @@ Command = Callable[[config.Config, argparse.Namespace], Coroutine[Any, Any, int]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 QUIET = {"backup": "critical", "job": "critical"}
 """Their output says how each run ended; other commands show warnings, such as of an unreadable snapshot."""
+
+SNAPSHOT_COMMANDS: dict[str, Command] = {
+    "list": snapshot.list_snapshots,
+    "show": snapshot.show,
+    "protect": snapshot.protect,
+    "forget": snapshot.forget,
+}
 
 THREADS = 32
 """Blocking work (fsync, hashing) of several runs side by side."""
@@ -66,11 +73,13 @@ def _run(arguments: argparse.Namespace) -> int:
         case "vm":
             command = vm.list_vms if arguments.action == "list" else vm.show
         case "snapshot":
-            command = snapshot.list_snapshots if arguments.action == "list" else snapshot.show
+            command = SNAPSHOT_COMMANDS[arguments.action]
         case "backup":
             command = backup.backup
         case "job":
             command = backup.list_jobs if arguments.action == "list" else backup.run_job
+        case "prune":
+            command = prune.prune
         case "restore":
             command = snapshot.restore
         case "status":
@@ -174,6 +183,14 @@ def _parser() -> argparse.ArgumentParser:
     back.add_argument("--format", choices=["raw", "qcow2"], default="raw", help="default: raw")
     back.add_argument("--target", metavar="T", help="look only on this target")
     back.add_argument("--force", action="store_true", help="overwrite a block device")
+
+    one = commands.add_parser(
+        "prune", parents=[common, reporting], help="remove what jobs' retention does not keep"
+    )
+    one.add_argument("--target", metavar="T", help="only on one target")
+    one.add_argument("--vm", metavar="VM", help="only of one VM")
+    one.add_argument("--job", metavar="JOB", help="only of one job's VMs")
+    one.add_argument("--dry-run", action="store_true", help="say what would be removed, and why the rest stays")
     return parser
 
 
@@ -200,4 +217,11 @@ def _add_actions(commands: Any, common: argparse.ArgumentParser, reporting: argp
     listing.add_argument("--target", metavar="T", help="on one target")
     one = group.add_parser("show", parents=[common, reporting], help="one of them")
     one.add_argument("snapshot", metavar="SNAPSHOT", help="an id, VM@latest or VM@2026-11-22T02:30")
+    one.add_argument("--target", metavar="T", help="look only on this target")
+    one = group.add_parser("protect", parents=[common, reporting], help="keep one, whatever retention says")
+    one.add_argument("snapshot", metavar="SNAPSHOT", help="an id, VM@latest or VM@2026-11-22T02:30")
+    one.add_argument("--off", action="store_true", help="leave it to retention again")
+    one.add_argument("--target", metavar="T", help="look only on this target")
+    one = group.add_parser("forget", parents=[common, reporting], help="remove some")
+    one.add_argument("snapshots", nargs="+", metavar="SNAPSHOT", help="as above")
     one.add_argument("--target", metavar="T", help="look only on this target")

@@ -1,7 +1,8 @@
-"""`vmfleece snapshot list|show` and `vmfleece restore`."""
+"""`vmfleece snapshot list|show|protect|forget` and `vmfleece restore`."""
 
 import argparse
 import asyncio
+from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
@@ -10,7 +11,8 @@ from rich.table import Table
 
 from orchestrator.cli import render
 from orchestrator.config import Config
-from orchestrator.errors import EXIT_OK, ConfigError, TargetError
+from orchestrator.errors import EXIT_FAILED, EXIT_OK, EXIT_SOME_FAILED, ConfigError, TargetError
+from orchestrator.run.prune import remove
 from orchestrator.run.restore import restore as restore_disk
 from orchestrator.service import engine
 from orchestrator.target.base import Snapshot, Target, find
@@ -23,15 +25,18 @@ async def list_snapshots(config: Config, arguments: argparse.Namespace) -> int:
     if arguments.json:
         render.print_json({"snapshots": [_document(snapshot) for snapshot in found]})
         return EXIT_OK
-    table = Table("SNAPSHOT", "TAKEN", "KIND", "DISKS", "SIZE", "STORED", "TARGET", box=None, pad_edge=False)
+    columns = ("SNAPSHOT", "TAKEN", "KIND", "BASED ON", "PROTECTED", "DISKS", "SIZE", "STORED", "TARGET")
+    table = Table(*columns, box=None, pad_edge=False)
     for snapshot in found:
         table.add_row(
             snapshot.id,
             _local(snapshot.created),
             snapshot.kind,
+            ", ".join(parent.rpartition("/")[2] for parent in snapshot.parents) or "-",
+            "yes" if snapshot.protected else "-",
             ", ".join(disk.disk for disk in snapshot.disks),
             format_size(sum(disk.size_bytes for disk in snapshot.disks)),
-            format_size(sum(disk.stored_bytes for disk in snapshot.disks)),
+            format_size(snapshot.stored_bytes),
             snapshot.target,
         )
     render.print_table(table)
@@ -50,11 +55,52 @@ async def show(config: Config, arguments: argparse.Namespace) -> int:
     render.print_line(f"taken {_local(snapshot.created)}, {snapshot.kind}, by run {details.get('run')}")
     if details.get("pause_ms") is not None:
         render.print_line(f"guest held {details['pause_ms']:.1f} ms")
-    table = Table("DISK", "SIZE", "STORED", "SHA-256", box=None, pad_edge=False)
+    if snapshot.protected:
+        render.print_line("protected: it is kept until `vmfleece snapshot protect … --off`")
+    table = Table("DISK", "SIZE", "STORED", "BASED ON", "SHA-256", box=None, pad_edge=False)
     for disk in snapshot.disks:
-        table.add_row(disk.disk, format_size(disk.size_bytes), format_size(disk.stored_bytes), disk.sha256)
+        sizes = (format_size(disk.size_bytes), format_size(disk.stored_bytes))
+        table.add_row(disk.disk, *sizes, disk.parent or "-", disk.sha256)
     render.print_table(table)
     return EXIT_OK
+
+
+async def protect(config: Config, arguments: argparse.Namespace) -> int:
+    """Keep a snapshot whatever retention says, or stop doing so."""
+    targets = _targets(config, arguments.target)
+    snapshot = _the_one(await _snapshots(targets, None), arguments.snapshot)
+    snapshot = await targets[snapshot.target].protect(snapshot, protected=not arguments.off)
+    if arguments.json:
+        render.print_json(_document(snapshot))
+    else:
+        render.print_line(f"{snapshot.id}: {'protected' if snapshot.protected else 'not protected any more'}")
+    return EXIT_OK
+
+
+async def forget(config: Config, arguments: argparse.Namespace) -> int:
+    """Remove the snapshots that are named, each by itself; all names are checked before the first is removed."""
+    targets = _targets(config, arguments.target)
+    found = await _snapshots(targets, None)
+    wanted = {snapshot.id: snapshot for snapshot in (_the_one(found, name) for name in arguments.snapshots)}
+    rows: list[dict[str, Any]] = []
+    # What is based on others goes before them.
+    for snapshot in sorted(wanted.values(), key=lambda one: one.created, reverse=True):
+        row = {"snapshot": snapshot.id, "target": snapshot.target, "stored_bytes": snapshot.stored_bytes}
+        rows.append(row | {"error": None})
+        try:
+            await remove(targets[snapshot.target], snapshot)
+        except TargetError as error:
+            rows[-1]["error"] = render.error_json(error)
+            render.complain(error.message, error.hint)
+        else:
+            if not arguments.json:
+                render.print_line(f"{snapshot.id}: removed, {format_size(snapshot.stored_bytes)} freed")
+    if arguments.json:
+        render.print_json({"forgotten": rows})
+    failed = sum(row["error"] is not None for row in rows)
+    if not failed:
+        return EXIT_OK
+    return EXIT_FAILED if failed == len(rows) else EXIT_SOME_FAILED
 
 
 async def restore(config: Config, arguments: argparse.Namespace) -> int:
@@ -103,6 +149,18 @@ def checked_target(config: Config, name: str) -> str:
             f"no target {name!r} in {config.path}", hint=f"there are: {', '.join(config.target) or 'none'}"
         )
     return name
+
+
+def _the_one(snapshots: Iterable[Snapshot], wanted: str) -> Snapshot:
+    """As `find`, for what is going to be changed: it must be on one target only."""
+    known = list(snapshots)
+    snapshot = find(known, wanted)
+    targets = [one.target for one in known if one.id == snapshot.id]
+    if len(targets) > 1:
+        raise ConfigError(
+            f"snapshot {snapshot.id} is on several targets", hint=f"give --target: {', '.join(targets)}"
+        )
+    return snapshot
 
 
 async def _snapshots(targets: dict[str, Target], vm: str | None) -> list[Snapshot]:

@@ -61,7 +61,7 @@ class TargetSettings:
 
 @dataclass(frozen=True, slots=True)
 class JobSettings:
-    """A job. `vms` are the VMs that its patterns select, `schedule` None: only by hand, `keep` None: everything."""
+    """A job. `vms` are those that its patterns select; `schedule` None: only by hand; `keep` None: everything."""
 
     name: str
     vms: tuple[str, ...]

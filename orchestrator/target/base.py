@@ -12,8 +12,8 @@ What an implementation promises:
 - after `abort` nothing of the draft is left or listed; `commit` and `abort` may both be called again;
 - what a dead process left half-written or half-removed is never listed, and is removed by a later `begin` or
   `remove` for the same VM;
-- what a snapshot or a draft builds on cannot be removed, nor what is protected, whoever does what at the same time:
-  other processes on this host, too.
+- what a snapshot or a draft builds on cannot be removed, nor what is protected, whatever other processes on this
+  host do at the same time.
 Errors are TargetError. Cancelling any of it leaves a draft that `abort` removes; a removal or protection that has
 begun is finished first.
 """

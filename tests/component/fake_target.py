@@ -3,10 +3,12 @@
 import asyncio
 import hashlib
 import os
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.errors import TargetError
 from orchestrator.model import Disk
 from orchestrator.target.base import Draft, Sink, Snapshot, SnapshotDisk, Target
 
@@ -39,6 +41,27 @@ class FakeTarget(Target):
     async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> None:
         raise NotImplementedError
 
+    async def remove(self, snapshot: Snapshot) -> None:
+        await self.step("remove")
+        listed = next((one for one in self.listed if one.id == snapshot.id), None)
+        if listed is None:
+            return
+        if listed.protected:
+            raise TargetError(f"snapshot {snapshot.id} is protected", code="protected")
+        needed_by = [one.id for one in self.listed if snapshot.id in one.parents]
+        needed_by += [one.snapshot_id for one in self.drafts if snapshot.id in one.parents.values()]
+        if needed_by:
+            raise TargetError(f"snapshot {snapshot.id} is needed by {', '.join(needed_by)}", code="needed")
+        self.listed.remove(listed)
+
+    async def protect(self, snapshot: Snapshot, *, protected: bool) -> Snapshot:
+        await self.step("protect")
+        for position, one in enumerate(self.listed):
+            if one.id == snapshot.id:
+                self.listed[position] = replace(one, protected=protected)
+                return self.listed[position]
+        raise TargetError(f"there is no snapshot {snapshot.id} any more", code="no-snapshot")
+
     async def step(self, name: str) -> None:
         """Let others run, as each step of a real target does."""
         await asyncio.sleep(0)
@@ -55,6 +78,7 @@ class FakeDraft(Draft):
         self._started = started
         self._files: dict[str, int] = {}
         self._sealed: dict[str, SnapshotDisk] = {}
+        self.parents: dict[str, str | None] = {}
         target.drafts.append(self)
 
     async def add_disk(
@@ -62,9 +86,10 @@ class FakeDraft(Draft):
         disk: Disk,
         *,
         compressible: bool,  # noqa: ARG002
-        parent: str | None = None,  # noqa: ARG002
+        parent: str | None = None,
     ) -> Sink:
         await self._target.step("add_disk")
+        self.parents[disk.id] = parent
         self._files[disk.id] = os.memfd_create(f"target-{disk.id}")
         os.ftruncate(self._files[disk.id], disk.size_bytes)
         return Sink(self._files[disk.id], compress=False)
@@ -76,7 +101,7 @@ class FakeDraft(Draft):
         os.close(descriptor)
         self._target.contents[self.snapshot_id, disk.id] = content
         digest = hashlib.sha256(content).hexdigest()
-        self._sealed[disk.id] = SnapshotDisk(disk.id, disk.size_bytes, digest, len(content))
+        self._sealed[disk.id] = SnapshotDisk(disk.id, disk.size_bytes, digest, len(content), self.parents[disk.id])
         return self._sealed[disk.id]
 
     async def commit(self, details: dict[str, Any]) -> Snapshot:

@@ -86,11 +86,12 @@ def test_defaults(tmp_path: Path) -> None:
         job="nightly",
     )
     job = loaded.job["nightly"]
-    assert (job.schedule, job.randomized_delay_seconds, job.repeat_missed, job.retries) == (
+    assert (job.schedule, job.randomized_delay_seconds, job.repeat_missed, job.retries, job.keep) == (
         None,
         0,
         False,
         2,
+        None,
     )
 
 
@@ -109,6 +110,7 @@ def test_the_example_has_every_value_that_design_gives() -> None:
     assert job.schedule == "mon..fri 02:30"
     assert job.randomized_delay_seconds == 900
     assert job.repeat_missed
+    assert job.keep == model.Keep(last=3, daily=13, weekly=8)
     assert job.options.fleecing == model.Fleecing(True, "local", model.FleecingPolicy.REQUIRE)
 
 
@@ -140,6 +142,16 @@ def test_what_leaves_is_frozen(tmp_path: Path) -> None:
             "job.nightly",
             'consistency = "none"',
             lambda c: c.run_options("nightly").consistency is model.Consistency.NONE,
+        ),
+        (
+            "job.nightly",
+            'prune_backups = "keep-last=3, keep-yearly=1"',
+            lambda c: c.job["nightly"].keep == model.Keep(last=3, yearly=1),
+        ),
+        (
+            "job.nightly",
+            'prune_backups = "keep-all=1"',
+            lambda c: c.job["nightly"].keep == model.Keep(all=True),
         ),
         ("job.nightly", 'exclude = ["web1*"]', lambda c: c.job_vms("nightly") == ["web01"]),
         ("job.nightly", 'vms = ["*"]', lambda c: c.job_vms("nightly") == ["web01", "db01"]),
@@ -185,6 +197,40 @@ def test_fleecing_of_a_manual_backup() -> None:
     ):
         with pytest.raises(ConfigError, match=re.escape(reason)):
             config.parse_fleecing(text)
+
+
+MORE_JOBS = """prune_backups = "keep-last=3"
+
+[target.other]
+path = "/other"
+
+[job.weekly]
+vms = ["*"]
+target = "main"
+prune_backups = "keep-weekly=8"
+
+[job.again]
+vms = ["web*"]
+target = "main"
+prune_backups = "keep-last=3"
+
+[job.elsewhere]
+vms = ["*"]
+target = "other"
+prune_backups = "keep-all=1"
+
+[job.manual]
+vms = ["*"]
+target = "main"
+"""
+
+
+def test_what_is_kept_of_a_vm_on_a_target_is_what_any_of_their_jobs_says(tmp_path: Path) -> None:
+    loaded = load(tmp_path, GOOD + MORE_JOBS)
+    assert loaded.keeps("main", "web01") == (model.Keep(last=3), model.Keep(weekly=8))
+    assert loaded.keeps("main", "db01") == (model.Keep(weekly=8),)
+    assert loaded.keeps("other", "db01") == (model.Keep(all=True),)
+    assert load(tmp_path, GOOD).keeps("main", "web01") == ()
 
 
 def test_a_job_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
@@ -236,6 +282,7 @@ def test_the_schema_describes_every_key_with_an_example() -> None:
     job = schema["$defs"]["JobTable"]["properties"]
     assert job["consistency"]["enum"] == ["pause", "none"]
     assert job["full_every"]["const"] == 0
+    assert job["prune_backups"]["type"] == "string"
     assert "null" not in str(schema)
     assert "None" not in str(schema)
 

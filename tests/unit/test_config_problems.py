@@ -148,6 +148,33 @@ CASES = [
         'fleecing = "enabled=0,storage=local"',
         "storage 'local' is given but fleecing is off; allowed: enabled=1 with a storage",
     ),
+    # retention
+    (
+        "job.nightly",
+        'prune_backups = "keep-last=3,keep-dayly=13"',
+        "job.nightly.prune_backups: 'keep-last=3,keep-dayly=13': 'keep-dayly' is not known; allowed: \"keep",
+    ),
+    (
+        "job.nightly",
+        'prune_backups = ""',
+        "job.nightly.prune_backups: '': '' is no property; allowed: \"keep-last",
+    ),
+    (
+        "job.nightly",
+        'prune_backups = "keep-last=0"',
+        "'keep-last=0' would keep nothing; allowed: a number above 0",
+    ),
+    ("job.nightly", 'prune_backups = "keep-last=x"', "keep-last is 'x'; allowed: a whole number"),
+    (
+        "job.nightly",
+        "prune_backups = 3",
+        '3 says nothing about what is kept; allowed: "keep-last=3,keep-daily=13"',
+    ),
+    (
+        "job.nightly",
+        "prune_backups = {keep-last = 3}",
+        "{'keep-last': 3} says nothing about what is kept; allowed:",
+    ),
     # unknown keys
     ("daemon", "max_run = 1", "daemon.max_run: unknown; did you mean 'max_runs'?"),
     ("job.nightly", 'shedule = "daily"', "job.nightly.shedule: unknown; did you mean 'schedule'?"),
@@ -179,7 +206,6 @@ LATER_CASES = [
     ("vm.web01", 'extra_files = ["/f"]', "extra_files: not available yet"),
     ("job.nightly", 'consistency = "freeze"', "'freeze' is not available yet; allowed: 'pause' or"),
     ("job.nightly", "full_every = 7", "7 is not available yet; allowed: 0"),
-    ("job.nightly", 'prune_backups = "keep-last=3"', "prune_backups: not available yet"),
     ("job.nightly", 'hook = "/hook"', "hook: not available yet"),
 ]
 
@@ -360,6 +386,7 @@ NASTY = [
     '{enabled = true, storage = "local"}',
     '"\\u0000"',
     '"enabled=1,storage=local"',
+    '"keep-last=3"',
 ]
 KEYS = [f"{section}.{key}" for section, table in SECTIONS.items() for key in (*table.model_fields, "other")]
 LINES = st.lists(st.tuples(st.sampled_from(KEYS), st.sampled_from(NASTY)), max_size=8, unique_by=lambda p: p[0])

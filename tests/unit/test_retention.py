@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.run.retention import KEEP_ALLOWED, Keep, Point, Verdict, decide, parse_keep
+from orchestrator.config.properties import KEEP_ALLOWED, parse_keep
+from orchestrator.model import Keep
+from orchestrator.run.retention import Point, Verdict, decide, decide_all
 
 BERLIN = ZoneInfo("Europe/Berlin")
 PERIODS = {
@@ -28,7 +30,7 @@ PERIODS = {
 
 def point(wall: str, *, parent: str | None = None, protected: bool = False) -> Point:
     local = datetime.fromisoformat(wall.removesuffix("*")).replace(tzinfo=BERLIN, fold=int(wall.endswith("*")))
-    return Point(wall, local.astimezone(UTC), parent, protected)
+    return Point(wall, local.astimezone(UTC), (parent,) if parent else (), protected)
 
 
 def points(*walls: str) -> list[Point]:
@@ -287,7 +289,7 @@ def test_what_is_kept_keeps_what_it_is_based_on() -> None:
 
 def test_a_long_chain_is_kept_down_to_its_full_backup() -> None:
     chain = nights("2026-11-03", 20)
-    chain[1:] = [replace(later, parent=earlier.id) for earlier, later in pairwise(chain)]
+    chain[1:] = [replace(later, parents=(earlier.id,)) for earlier, later in pairwise(chain)]
     assert kept(chain, "keep-last=1") == [night.id for night in chain]
     assert kept([*chain, point("2026-11-23 02:30")], "keep-last=1") == ["2026-11-23 02:30"]
 
@@ -296,7 +298,7 @@ def test_what_is_needed_says_so_beside_its_other_reason() -> None:
     full, incremental = "web01/20261122T023000Z", "web01/20261123T023000Z"
     pair = [
         Point(full, datetime(2026, 11, 22, 2, 30, tzinfo=UTC)),
-        Point(incremental, datetime(2026, 11, 23, 2, 30, tzinfo=UTC), parent=full),
+        Point(incremental, datetime(2026, 11, 23, 2, 30, tzinfo=UTC), parents=(full,)),
     ]
     assert decide(pair, Keep(daily=2), BERLIN) == (
         Verdict(full, keep=True, reasons=("daily 2026-11-22", f"needed by {incremental}")),
@@ -315,6 +317,42 @@ def test_a_chain_is_kept_for_a_protected_snapshot_too() -> None:
         "2026-11-21 02:30": "protected",
         "2026-11-22 02:30": "last 1",
     }
+
+
+def test_each_disk_may_be_based_on_another_snapshot() -> None:
+    """As where a disk was left out for a while: its bitmap is older than the others'."""
+    chain = [
+        point("2026-11-18 02:30"),
+        point("2026-11-19 02:30"),
+        point("2026-11-20 02:30"),
+        replace(point("2026-11-21 02:30"), parents=("2026-11-20 02:30", "2026-11-18 02:30")),
+    ]
+    assert said(decide(chain, Keep(last=1), BERLIN)) == {
+        "2026-11-18 02:30": "needed by 2026-11-21 02:30",
+        "2026-11-19 02:30": "no rule keeps it",
+        "2026-11-20 02:30": "needed by 2026-11-21 02:30",
+        "2026-11-21 02:30": "last 1",
+    }
+
+
+def test_what_any_of_several_policies_keeps_stays_for_all_of_their_reasons() -> None:
+    chain = [
+        *nights("2026-10-30", 4),
+        point("2026-11-03 02:30", parent="2026-11-02 02:30"),
+        point("2026-11-03 14:30", parent="2026-11-03 02:30"),
+    ]
+    assert said(decide_all(chain, [Keep(last=1), Keep(monthly=2), Keep(last=1)], BERLIN)) == {
+        "2026-10-30 02:30": "no rule keeps it",
+        "2026-10-31 02:30": "monthly 2026-10",
+        "2026-11-01 02:30": "no rule keeps it",
+        "2026-11-02 02:30": "needed by 2026-11-03 02:30",
+        "2026-11-03 02:30": "needed by 2026-11-03 14:30",
+        "2026-11-03 14:30": "last 1, monthly 2026-11",
+    }
+    for keeps, reason in (([], "no retention configured"), ([Keep(last=1), Keep(all=True)], "keep-all")):
+        verdicts = decide_all(chain, keeps, BERLIN)
+        assert staying(verdicts) == [each.id for each in chain]
+        assert all(reason in verdict.reasons for verdict in verdicts)
 
 
 def test_protected_snapshots_are_not_counted() -> None:
@@ -428,10 +466,10 @@ def histories(draw: st.DrawFn, *, chained: bool = True) -> list[Point]:
     moment, history = draw(st.sampled_from(STARTS)), list[Point]()
     for step in draw(st.lists(st.sampled_from(STEPS), max_size=25)):
         moment += step
-        parents = st.none() | st.sampled_from(history) if chained and history else st.none()
-        parent = draw(parents)
+        some = st.lists(st.sampled_from(history), max_size=2, unique=True) if chained and history else st.just([])
+        parents = tuple(parent.id for parent in draw(some))
         protected = chained and draw(st.integers(0, 9)) == 9
-        history.append(Point(f"{moment:%y%m%dT%H%M%S}", moment, parent.id if parent else None, protected))
+        history.append(Point(f"{moment:%y%m%dT%H%M%S}", moment, parents, protected))
     return history
 
 
@@ -451,7 +489,7 @@ def test_enough_stays(history: list[Point], keep: Keep) -> None:
     assert staying_ids >= set(unprotected[-keep.last :] if keep.last else [])
     assert staying_ids >= {each.id for each in history[-1:]}
     assert staying_ids >= {each.id for each in history if each.protected}
-    assert staying_ids >= {each.parent for each in history if each.id in staying_ids and each.parent}
+    assert staying_ids >= {parent for each in history if each.id in staying_ids for parent in each.parents}
 
 
 @given(histories(), KEEPS, st.sampled_from(RULES), st.integers(1, 3))
@@ -474,6 +512,18 @@ def test_what_stayed_stays_however_much_was_removed(history: list[Point], keep: 
     gone = data.draw(st.sets(st.sampled_from(going))) if going else set()
     assert stays([each for each in history if each.id not in gone], keep) >= staying_ids
     assert stays([each for each in history if each.id in staying_ids], keep) == staying_ids
+
+
+@given(histories(), st.lists(KEEPS, min_size=1, max_size=3), st.data())
+def test_several_policies_keep_what_each_of_them_does_and_nothing_else(
+    history: list[Point], keeps: list[Keep], data: st.DataObject
+) -> None:
+    staying_ids = set(staying(decide_all(history, keeps, BERLIN)))
+    assert staying_ids == set[str]().union(*(stays(history, keep) for keep in keeps))
+    going = [each.id for each in history if each.id not in staying_ids]
+    gone = data.draw(st.sets(st.sampled_from(going))) if going else set()
+    left = [each for each in history if each.id not in gone]
+    assert set(staying(decide_all(left, keeps, BERLIN))) >= staying_ids
 
 
 @given(histories(), KEEPS, st.randoms(use_true_random=False))
@@ -500,12 +550,12 @@ def test_there_is_always_a_reason_and_a_number_is_never_exceeded(history: list[P
 
 @given(histories(), KEEPS)
 def test_removed_oldest_last_no_chain_is_broken_on_the_way(history: list[Point], keep: Keep) -> None:
-    parents = {each.id: each.parent for each in history}
+    parents = {each.id: set(each.parents) for each in history}
     there = {each.id for each in history}
     for verdict in reversed(decide(history, keep, BERLIN)):
         if not verdict.keep:
             there.remove(verdict.id)
-            assert all(parents[each] in there for each in there if parents[each])
+            assert all(parents[each] <= there for each in there)
 
 
 # Both peers, written down from their documentation. tests/peer asks restic itself.

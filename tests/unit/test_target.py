@@ -9,15 +9,19 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shlex
+import shutil
+import signal
 import stat
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -30,7 +34,7 @@ from orchestrator import aio
 from orchestrator.errors import TargetError
 from orchestrator.model import Compression, Disk
 from orchestrator.target.base import Draft, Sink, Snapshot, Target, find
-from orchestrator.target.images import manifest
+from orchestrator.target.images import manifest, removal
 from orchestrator.target.images import target as images_module
 from orchestrator.target.images.target import ImagesTarget
 
@@ -88,6 +92,7 @@ async def target(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
     await made.prepare()
     yield made
     assert not partials(tmp_path), "a draft was left open"
+    assert not list(tmp_path.rglob("*.removed")), "a removal was left half done"
 
 
 @pytest.fixture
@@ -108,6 +113,30 @@ async def filled(target: Target, *disks: Disk, vm: str = "web01", started: datet
 
 async def snapshot(target: Target, *disks: Disk, vm: str = "web01", started: datetime = STARTED) -> Snapshot:
     return await (await filled(target, *disks, vm=vm, started=started)).commit(DETAILS)
+
+
+async def based_on(target: Target, *parents: Snapshot, hours: int = 1) -> Draft:
+    """A draft that could be committed, in which nothing has changed: a disk for each parent."""
+    draft = await target.begin("web01", STARTED + timedelta(hours=hours))
+    for number, parent in enumerate(parents):
+        one = disk(f"vd{'abc'[number]}")
+        await draft.add_disk(one, compressible=True, parent=parent.id)
+        await draft.seal(one)
+    return draft
+
+
+async def chain(target: Target, length: int) -> list[Snapshot]:
+    """A full snapshot and incremental ones, each based on the one before it."""
+    points = [await snapshot(target)]
+    for hours in range(1, length):
+        points.append(await (await based_on(target, points[-1], hours=hours)).commit(DETAILS))
+    return points
+
+
+async def refused(act: Coroutine[Any, Any, object]) -> TargetError:
+    with pytest.raises(TargetError) as error:
+        await act
+    return error.value
 
 
 # --- the contract ---
@@ -198,6 +227,167 @@ async def test_a_chain_can_be_moved(tmp_path: Path) -> None:
     out = tmp_path / "out"
     await ImagesTarget("main", tmp_path / "there").extract(second, "vda", to=out, image_format="raw")
     assert out.read_bytes() == content(MIB, 0)
+
+
+async def test_what_is_removed_is_gone_and_removing_it_again_does_nothing(target: Target, root: Path) -> None:
+    kept, going = await snapshot(target), await snapshot(target, started=STARTED + timedelta(hours=1))
+    there = seen(root)
+    for _ in range(2):
+        await target.remove(going)
+        assert await target.snapshots() == [kept]
+        assert seen(root) == {path for path in there if not path.startswith(going.id)}
+    await target.remove(kept)
+    assert await target.snapshots() == []
+    assert seen(root) == {"web01"}
+    assert open_files(root) == set()
+    await target.remove(replace(going, id="db01/20261122T023000Z", vm="db01"))  # there never was such a VM
+
+
+async def test_what_others_build_on_is_not_removed(target: Target, tmp_path: Path) -> None:
+    first, second, third = await chain(target, 3)
+    for one, needed_by in ((first, second), (second, third)):
+        error = await refused(target.remove(one))
+        assert error.code == "needed"
+        assert f"{one.id} is needed by {needed_by.id}" in error.message
+        assert await target.snapshots() == [first, second, third]
+    await target.remove(third)
+    await target.extract(second, "vda", to=tmp_path / "out", image_format="raw")
+    assert (tmp_path / "out").read_bytes() == content(MIB, 0)
+    await target.remove(second)
+    await target.remove(first)
+    assert await target.snapshots() == []
+
+
+async def test_each_disk_keeps_what_it_builds_on(target: Target) -> None:
+    first = await snapshot(target, disk("vda"), disk("vdb"))
+    second = await snapshot(target, disk("vda"), disk("vdb"), started=STARTED + timedelta(minutes=1))
+    both = await (await based_on(target, first, second)).commit(DETAILS)
+    assert both.parents == (first.id, second.id)
+    for one in (first, second):
+        assert (await refused(target.remove(one))).code == "needed"
+    await target.remove(both)
+    await target.remove(first)
+
+
+@pytest.mark.parametrize("ends", ["abort", "commit"])
+async def test_what_a_draft_builds_on_is_not_removed_while_it_lasts(target: Target, root: Path, ends: str) -> None:
+    first, second = await chain(target, 2)
+    draft = await based_on(target, second, hours=2)
+    error = await refused(target.remove(second))
+    assert error.code == "needed"
+    assert second.id in error.message
+    assert (await refused(target.remove(first))).code == "needed"
+    assert await target.snapshots() == [first, second]
+    if ends == "abort":
+        await draft.abort()
+    else:
+        third = await draft.commit(DETAILS)
+        assert third.id in (await refused(target.remove(second))).message
+        await target.remove(third)
+    assert open_files(root) == set()
+    await target.remove(second)
+    assert await target.snapshots() == [first]
+
+
+async def test_a_writer_in_another_process_keeps_what_it_builds_on_until_it_dies(
+    target: Target, root: Path
+) -> None:
+    (first,) = await chain(target, 1)
+    process = await writer(root, "web01", parent=first.id)
+    assert (await refused(target.remove(first))).code == "needed"
+    assert len(partials(root)) == 1
+    process.kill()
+    await process.wait()
+    await target.remove(first)
+    assert seen(root) == {"web01"}  # what the dead writer left is removed, too
+
+
+async def test_what_is_gone_cannot_be_built_on(target: Target, root: Path) -> None:
+    gone = await snapshot(target)
+    await target.remove(gone)
+    draft = await target.begin("web01", STARTED)
+    error = await refused(draft.add_disk(disk(), compressible=True, parent=gone.id))
+    assert error.code == "no-snapshot"
+    assert gone.id in error.message
+    await draft.abort()
+    assert seen(root) == set()
+    assert open_files(root) == set()
+
+
+async def test_what_is_protected_is_not_removed(target: Target, root: Path) -> None:
+    made = await snapshot(target)
+    there = seen(root)
+    for _ in range(2):
+        assert not made.protected
+        protected = await target.protect(made, protected=True)
+        assert protected == replace(made, protected=True)
+        assert await target.snapshots() == [protected] == await ImagesTarget("main", root).snapshots()
+        for known in (made, protected):  # whatever the caller knows of it
+            error = await refused(target.remove(known))
+            assert error.code == "protected"
+            assert f"snapshot protect {made.id} --off" in error.hint
+    for _ in range(2):
+        assert await target.protect(protected, protected=False) == made
+        assert await target.snapshots() == [made]
+    assert seen(root) == there
+    await target.remove(protected)
+    for wanted in (True, False):
+        assert (await refused(target.protect(made, protected=wanted))).code == "no-snapshot"
+    assert seen(root) == {"web01"}
+
+
+async def test_what_a_draft_builds_on_can_be_protected(target: Target) -> None:
+    first = await snapshot(target)
+    draft = await based_on(target, first)
+    await target.protect(first, protected=True)
+    await draft.commit(DETAILS)
+    assert [one.protected for one in await target.snapshots()] == [True, False]
+
+
+async def test_what_is_done_to_one_snapshot_at_the_same_time_has_one_outcome(target: Target, root: Path) -> None:
+    """Removed by two, protected and built on: if one of the latter succeeded, it is there."""
+    for _ in range(10):
+        made = await snapshot(target)
+        draft = await target.begin("web01", STARTED + timedelta(hours=1))
+        *removed, protected, built = await asyncio.gather(
+            target.remove(made),
+            ImagesTarget("main", root).remove(made),
+            target.protect(made, protected=True),
+            draft.add_disk(disk(), compressible=True, parent=made.id),
+            return_exceptions=True,
+        )
+        outcomes = [outcome.code for outcome in removed if isinstance(outcome, TargetError)]
+        if made.id in {one.id for one in await target.snapshots()}:
+            assert len(outcomes) == 2, removed
+            assert {*outcomes} <= {"protected", "needed"}
+        else:
+            assert outcomes == []
+            for outcome in (protected, built):
+                assert isinstance(outcome, TargetError)
+                assert outcome.code == "no-snapshot"
+        await draft.abort()
+        if outcomes:
+            await target.remove(await target.protect(made, protected=False))
+        assert await target.snapshots() == []
+
+
+@pytest.mark.parametrize("step", ["remove", "protect"])
+async def test_cancelled_it_is_finished(
+    target: Target, root: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    made = await snapshot(target)
+    slow = SlowDisk(monkeypatch)
+    task: asyncio.Task[object]
+    task = asyncio.create_task(target.remove(made) if step == "remove" else target.protect(made, protected=True))
+    assert await asyncio.to_thread(slow.begun.wait, 10)
+    task.cancel()
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert slow.under_way == 0
+    assert await target.snapshots() == ([] if step == "remove" else [replace(made, protected=True)])
+    assert open_files(root) == set()
 
 
 async def test_disks_are_listed_in_the_order_in_which_they_were_added(target: Target) -> None:
@@ -363,9 +553,10 @@ def partials(root: Path) -> list[Path]:
     return list(root.rglob("*.partial"))
 
 
-async def writer(root: Path, vm: str) -> asyncio.subprocess.Process:
+async def writer(root: Path, vm: str, *, parent: str | None = None) -> asyncio.subprocess.Process:
     """Another process with a draft of which one disk is sealed."""
-    code = f"import asyncio, test_target as suite; asyncio.run(suite.write_and_wait({str(root)!r}, {vm!r}))"
+    arguments = f"{str(root)!r}, {vm!r}, {parent!r}"
+    code = f"import asyncio, test_target as suite; asyncio.run(suite.write_and_wait({arguments}))"
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", code),
         stdin=asyncio.subprocess.DEVNULL,
@@ -377,8 +568,11 @@ async def writer(root: Path, vm: str) -> asyncio.subprocess.Process:
     return process
 
 
-async def write_and_wait(root: str, vm: str) -> None:
-    draft = await filled(ImagesTarget("main", Path(root)), vm=vm)
+async def write_and_wait(root: str, vm: str, parent: str | None) -> None:
+    target = ImagesTarget("main", Path(root))
+    draft = await filled(target, vm=vm, started=STARTED + timedelta(hours=1))
+    if parent is not None:
+        await draft.add_disk(disk("vdz"), compressible=True, parent=parent)
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     await asyncio.sleep(600)
@@ -412,6 +606,195 @@ async def test_a_snapshot_is_a_folder_that_needs_nothing_but_qemu_img(target: Ta
     assert document["created"] == "2026-11-22T02:30:00+00:00"
     assert [one["file"] for one in document["disks"]] == ["vda.qcow2", "vdb.qcow2"]
     assert document["details"] == DETAILS
+
+
+async def test_protected_is_an_empty_file_and_the_manifest_stays_as_it_was(target: Target, root: Path) -> None:
+    made = await snapshot(target)
+    there, written = seen(root), (root / made.id / "manifest.json").read_bytes()
+    await target.protect(made, protected=True)
+    marker = root / made.id / "protected"
+    assert seen(root) - there == {f"{made.id}/protected"}
+    assert marker.read_bytes() == b""
+    assert stat.S_IMODE(marker.stat().st_mode) == 0o600
+    assert (root / made.id / "manifest.json").read_bytes() == written
+
+
+def test_wherever_a_removal_is_killed_a_snapshot_is_listed_whole_or_not_at_all(tmp_path: Path) -> None:
+    code = f"import test_target as suite; suite.remove_killed_at_each_step({str(tmp_path)!r})"
+    argv = [sys.executable, "-c", code]
+    done = subprocess.run(argv, env=import_suite(), capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def remove_killed_at_each_step(folder: str) -> None:
+    """In a process without threads, since it forks: the child is killed before its first step, its second, …"""
+    original = Path(folder) / "original"
+    first, second, third = asyncio.run(chain(ImagesTarget("main", original), 3))
+    whole, ways = files(original), set()
+    for step in itertools.count(1):
+        root = Path(folder) / str(step)
+        shutil.copytree(original, root)
+        target = ImagesTarget("main", root)
+        child = os.fork()
+        if child == 0:
+            kill_at(step)
+            target._remove(third)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        listed = asyncio.run(target.snapshots())
+        assert listed in ([first, second, third], [first, second]), (step, listed)
+        there = {name: data for name, data in files(root).items() if ".removed" not in name}
+        ids = tuple(one.id for one in listed)
+        assert there == {name: data for name, data in whole.items() if name.startswith(ids)}, step
+        ways.add((len(listed), len(files(root)) - len(there)))
+        if os.WIFEXITED(status):
+            assert (status, len(listed), files(root)) == (0, 2, there)
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        if step % 2:  # a new draft clears what is left, and so does a removal
+            asyncio.run(aborted(target))
+        else:
+            asyncio.run(target.remove(third))
+            assert asyncio.run(target.snapshots()) == [first, second]
+        assert not list(root.rglob("*.removed")), step
+        shutil.rmtree(root)
+    # Before it was taken off the list, with each number of files still there after, and when all was done.
+    assert ways == {(3, 0), (2, 2), (2, 1), (2, 0)}
+
+
+def kill_at(step: int) -> None:
+    """Die before this process's step of that number: whatever it opens, locks, renames, deletes or lists."""
+    steps = itertools.count(1)
+
+    def seen_step(event: str, _arguments: object) -> None:
+        if event.startswith(("os.", "fcntl.", "shutil.", "open")) and next(steps) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(seen_step)
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+async def aborted(target: Target) -> None:
+    await (await target.begin("web01", STARTED + timedelta(days=1))).abort()
+
+
+async def test_it_is_durably_off_the_list_before_anything_is_deleted(
+    images: ImagesTarget, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, steps = await snapshot(images), list[tuple[str, Path]]()
+
+    def noted(name: str, real: Callable[[Path], None], path: Path) -> None:
+        assert not (root / made.id).exists()
+        steps.append((name, path))
+        real(path)
+
+    for module, name in ((removal.durable, "sync"), (removal.shutil, "rmtree")):
+        monkeypatch.setattr(module, name, partial(noted, name, getattr(module, name)))
+    await images.remove(made)
+    assert steps == [("sync", root / "web01"), ("rmtree", root / f"{made.id}.removed")]
+
+
+@pytest.mark.parametrize("way", ["begin", "remove another", "remove it"])
+async def test_what_a_killed_removal_left_is_not_listed_and_goes_next_time(
+    images: ImagesTarget, root: Path, way: str
+) -> None:
+    left, kept, other = [await snapshot(images, started=STARTED + timedelta(hours=hours)) for hours in range(3)]
+    (root / left.id).rename(root / f"{left.id}.removed")
+    with capture_logs() as lines:
+        assert await images.snapshots() == [kept, other]
+        await (aborted(images) if way == "begin" else images.remove(left if way == "remove it" else other))
+    assert not list(root.rglob("*.removed"))
+    assert kept in await images.snapshots()
+    if way != "remove it":
+        assert lines == [
+            {"event": "draft.removed", "log_level": "info", "target": "main", "path": f"{root / left.id}.removed"}
+        ]
+
+
+async def test_a_removal_waits_for_another_one_that_is_under_way(images: ImagesTarget, root: Path) -> None:
+    made = await snapshot(images)
+    removed = root / f"{made.id}.removed"
+    (root / made.id).rename(removed)
+    lock = os.open(removed, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    waiting = asyncio.create_task(images.remove(made))
+    await asyncio.sleep(0.05)
+    await aborted(images)  # but who does not need the space does not wait
+    assert removed.exists()
+    assert not waiting.done()
+    os.close(lock)
+    await waiting
+    assert seen(root) == {"web01"}
+
+
+async def test_what_was_left_of_one_is_not_in_the_way_of_another_of_the_same_time(
+    images: ImagesTarget, root: Path
+) -> None:
+    made = await snapshot(images)
+    shutil.copytree(root / made.id, root / f"{made.id}.removed")
+    await images.remove(made)
+    assert seen(root) == {"web01"}
+
+
+@pytest.mark.parametrize("harm", ["unreadable", "misplaced"])
+async def test_what_is_not_listed_but_can_still_be_read_keeps_what_it_builds_on(
+    images: ImagesTarget, root: Path, harm: str, tmp_path: Path
+) -> None:
+    """qemu-img does without a manifest."""
+    first, second = await chain(images, 2)
+    other = await snapshot(images, started=STARTED + timedelta(hours=5))
+    folder = root / second.id
+    (folder / "notes.qcow2").write_bytes(b"no image")
+    (folder / "short.qcow2").write_bytes(b"QFI\xfb")
+    (folder / "odd.qcow2").write_bytes(b"QFI\xfb" + b"\xff" * 60)
+    if harm == "unreadable":
+        (folder / manifest.NAME).write_text("{")
+    else:
+        folder = folder.rename(root / "web01" / "saved")
+    with capture_logs() as lines:
+        assert await images.snapshots() == [first, other]
+    assert [line["event"] for line in lines] == ["snapshot.unreadable"]
+    error = await refused(images.remove(first))
+    assert (error.code, folder.name in error.message) == ("needed", True)
+    await images.remove(other)
+    await asyncio.to_thread(
+        subprocess.check_call, ["qemu-img", "convert", "-O", "raw", folder / "vda.qcow2", tmp_path / "out"]
+    )
+    assert (tmp_path / "out").read_bytes() == content(MIB, 0)
+
+
+async def test_a_copy_of_a_snapshot_is_not_taken_for_it(images: ImagesTarget, root: Path) -> None:
+    made = await snapshot(images)
+    shutil.copytree(root / made.id, root / "web01" / "copy")
+    shutil.copytree(root / "web01", root / "web02")
+    with capture_logs() as lines:
+        assert await images.snapshots() == [made]
+    assert len(lines) == 3
+    assert all(f"is of snapshot {made.id}, not web0" in line["error"] for line in lines)
+    await images.remove(made)
+    assert (root / "web01" / "copy" / "vda.qcow2").exists()
+
+
+async def test_what_cannot_be_removed_says_why_and_stays_whole(
+    images: ImagesTarget, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = await snapshot(images)
+    there = files(root)
+
+    def read_only(path: Path, _to: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", read_only)
+        error = await refused(images.remove(made))
+    assert error.code == "target-unwritable"
+    assert f"Read-only file system: {root / made.id}" in error.message
+    assert await images.snapshots() == [made]
+    assert files(root) == there
+    assert open_files(root) == set()
 
 
 async def test_only_we_may_read_it(target: Target, root: Path) -> None:

@@ -41,7 +41,10 @@ def encode(snapshot: Snapshot) -> bytes:
 
 
 def read(path: Path, *, target: str) -> Snapshot:
-    """The snapshot that a manifest describes. Raises TargetError if it cannot be read or is of a later version."""
+    """The snapshot that a manifest describes. Raises TargetError if it cannot be read, or is of a later version.
+
+    Or if it is in another folder than its own.
+    """
     try:
         document: Any = json.loads(path.read_bytes())
         if document["version"] != VERSION:
@@ -49,6 +52,13 @@ def read(path: Path, *, target: str) -> Snapshot:
                 f"{path} is of version {document['version']}; this vmfleece reads {VERSION}",
                 hint="use the vmfleece that wrote it, or a newer one",
                 code="manifest-version",
+            )
+        place = f"{path.parent.parent.name}/{path.parent.name}"
+        if document["snapshot"] != place:  # its id is where it is extracted from, and what is removed
+            raise TargetError(
+                f"{path} is of snapshot {document['snapshot']}, not {place}",
+                hint="was its folder renamed or copied? Move it back",
+                code="manifest-misplaced",
             )
         return Snapshot(
             id=document["snapshot"],

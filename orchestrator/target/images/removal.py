@@ -4,8 +4,8 @@ A folder is renamed to `<time>.removed`, which takes it off the list, before any
 whole, or what is left of it is cleared by whoever comes next, as a `.partial` folder of a dead writer is.
 
 Two locks, which the kernel gives back when their holder dies (flock):
-- of the folder: a draft shares it for each folder that its images build on; whoever writes or deletes it has it alone.
-- of its manifest: whoever protects or removes it has it alone, and never waits for the folder's lock meanwhile.
+- of a snapshot's folder: shared by drafts whose images build on it; exclusive while it is written or removed;
+- of the VM's folder: exclusive while one of its snapshots is protected or taken off the list.
 Whoever got one looks whether what was locked is still where it was.
 """
 
@@ -31,12 +31,14 @@ REMOVED = ".removed"
 PROTECTED = "protected"
 
 _QCOW2_HEADER = struct.Struct(">4sIQI")
-"""Magic, version, and where the backing file's name is; docs/interop/qcow2.rst of QEMU."""
+"""Magic, version, offset and length of the backing file's name (QEMU: docs/interop/qcow2.rst)."""
+_QCOW2_MAGIC = b"QFI\xfb"
+_LONGEST_BACKING_NAME_BYTES = 1023
 
 
 @dataclass(frozen=True, slots=True)
 class Stays:
-    """Why a folder was not removed: it is protected, or the folders `needed_by`, or a draft, build on it."""
+    """Why a folder was not removed: it is protected, or others (`needed_by`, by name) or a draft build on it."""
 
     protected: bool = False
     needed_by: tuple[str, ...] = ()
@@ -73,7 +75,7 @@ def protect(folder: Path, *, protected: bool) -> bool:
 
 
 def remove(folder: Path, *, target: str) -> Stays | None:
-    """Take a folder off the list, durably, and then delete it. None: it is gone, or was already."""
+    """Take a folder off the list, durably, and delete it. None: it is gone, or was already."""
     removed = folder.with_name(folder.name + REMOVED)
     with _settled(folder) as there:
         if there:
@@ -84,29 +86,34 @@ def remove(folder: Path, *, target: str) -> Stays | None:
             except BlockingIOError:
                 return Stays()
             try:
+                # Looked at with the lock: a draft that built on it is listed by now, or gone.
                 if needed_by := _built_on(folder):
                     return Stays(needed_by=needed_by)
-                _delete(removed, target=target)  # an older one of the same time: the rename wants the name
+                _delete(removed)  # an older one of the same time, of which something is left
                 folder.rename(removed)
                 durable.sync(folder.parent)
             finally:
                 os.close(lock)
-    _delete(removed, target=target)
+    _delete(removed)
     clear(folder.parent, target=target)
     return None
 
 
 def clear(vm_folder: Path, *, target: str) -> None:
-    """Delete what dead processes left of a VM's snapshots half-written or half-removed."""
-    for suffix in (PARTIAL, REMOVED):
-        for left in vm_folder.glob(f"*{suffix}"):
-            with contextlib.suppress(BlockingIOError):  # whoever writes or deletes it lives
-                _delete(left, target=target, wait=False)
+    """Delete what dead processes left of a VM's snapshots half-written or half-removed, as far as it can be."""
+    for left in (*vm_folder.glob(f"*{PARTIAL}"), *vm_folder.glob(f"*{REMOVED}")):
+        try:
+            if _delete(left, wait=False):
+                log.info("draft.removed", target=target, path=str(left))
+        except BlockingIOError:
+            continue  # who writes or deletes it lives
+        except OSError as error:
+            log.warning("draft.unremovable", target=target, path=str(left), error=str(error))
 
 
 def _locked(path: Path, how: int) -> int:
-    """A locked descriptor. Raises FileNotFoundError if it is gone, or was by the time we had the lock."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    """A locked descriptor of a folder. Raises FileNotFoundError if it is gone, or was when we got the lock."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, how)
         if not os.path.samestat(os.fstat(descriptor), path.stat()):
@@ -119,41 +126,42 @@ def _locked(path: Path, how: int) -> int:
 
 @contextlib.contextmanager
 def _settled(folder: Path) -> Iterator[bool]:
-    """Nobody else protects or removes the folder during the block, which is told whether it is there."""
+    """Nobody else protects or removes a snapshot of the VM for the block, which is told if this one is there."""
     try:
-        lock = _locked(folder / manifest.NAME, fcntl.LOCK_EX)
+        lock = _locked(folder.parent, fcntl.LOCK_EX)
     except FileNotFoundError:
         yield False
         return
     try:
-        yield True
+        yield folder.is_dir()
     finally:
         os.close(lock)
 
 
-def _delete(folder: Path, *, target: str, wait: bool = True) -> None:
-    """Delete a folder, after whoever does so already; BlockingIOError if not to wait for them."""
+def _delete(folder: Path, *, wait: bool = True) -> bool:
+    """Delete a folder and say whether it was there; BlockingIOError if somebody has it and we must not wait."""
     try:
         lock = _locked(folder, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:
-        return
+        return False
     try:
         shutil.rmtree(folder)
     finally:
         os.close(lock)
+    return True
 
 
 def _built_on(folder: Path) -> tuple[str, ...]:
     """The names of the VM's other folders whose images build on this one, oldest first.
 
-    Asked of a folder's manifest; of its images if that cannot be read: they can still be restored with qemu-img.
+    A folder's manifest says so, or its images where that cannot be read: those can still be restored by hand.
     """
     found = []
     for other in sorted(folder.parent.iterdir()):
         if other == folder or not is_listed(other) or not other.is_dir():
             continue
         try:
-            parents = {parent.rpartition("/")[2] for parent in manifest.read(other / manifest.NAME, target="").parents}
+            parents = {one.rpartition("/")[2] for one in manifest.read(other / manifest.NAME, target="").parents}
         except TargetError:
             parents = {_backing_folder(image) for image in other.glob("*.qcow2")}
         if folder.name in parents:
@@ -162,11 +170,17 @@ def _built_on(folder: Path) -> tuple[str, ...]:
 
 
 def _backing_folder(image: Path) -> str:
-    """The name of the folder of the image's backing file; empty if it has none."""
+    """The name of the folder that the image's backing file is in; empty if it has none."""
     with image.open("rb") as file:
         header = file.read(_QCOW2_HEADER.size)
         if len(header) < _QCOW2_HEADER.size:
             return ""
-        _magic, _version, offset, length = _QCOW2_HEADER.unpack(header)
+        magic, _version, offset, length = _QCOW2_HEADER.unpack(header)
+        if (
+            magic != _QCOW2_MAGIC
+            or length > _LONGEST_BACKING_NAME_BYTES
+            or offset > os.fstat(file.fileno()).st_size
+        ):
+            return ""
         file.seek(offset)
         return PurePosixPath(os.fsdecode(file.read(length))).parent.name

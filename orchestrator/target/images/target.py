@@ -1,7 +1,8 @@
 """Snapshots in folders: `<path>/<vm>/<20261122T023000Z>/{manifest.json,<disk>.qcow2}`.
 
 A snapshot is written under `<time>.partial`, made durable, and renamed; the rename is what lists it. A partial
-folder is flocked by its writer, so that a later one can tell a dead writer's from a live one's.
+folder is flocked by its writer, so that a later one can tell a dead writer's from a live one's. How snapshots are
+removed and protected, and what locks there are: `removal`.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,11 @@ from orchestrator.model import Compression, Disk
 from orchestrator.qemu import tools
 from orchestrator.target import durable
 from orchestrator.target.base import Draft, Sink, Snapshot, SnapshotDisk, Target
-from orchestrator.target.images import manifest
+from orchestrator.target.images import manifest, removal
 
 log = structlog.get_logger(__name__)
 
 STAMP = "%Y%m%dT%H%M%SZ"
-PARTIAL = ".partial"
 EMPTY_QCOW2_BYTES = 1 << 20
 DISK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
@@ -68,12 +69,11 @@ class ImagesTarget(Target):
         folder = self.path / vm
         with explained(self.name, folder):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for dead in folder.glob(f"*{PARTIAL}"):
-                self._remove_if_dead(dead)
+            removal.clear(folder, target=self.name)
             created = started.astimezone(UTC).replace(microsecond=0)
             while True:
                 final = folder / created.strftime(STAMP)
-                partial = final.with_name(final.name + PARTIAL)
+                partial = final.with_name(final.name + removal.PARTIAL)
                 if not final.exists() and (lock := self._claim(partial)) is not None:
                     break
                 created += timedelta(seconds=1)
@@ -100,18 +100,6 @@ class ImagesTarget(Target):
             return None
         return lock
 
-    def _remove_if_dead(self, partial: Path) -> None:
-        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return  # its writer lives
-        else:
-            log.info("draft.removed", target=self.name, path=str(partial))
-            shutil.rmtree(partial)
-        finally:
-            os.close(lock)
-
     async def snapshots(self, vm: str | None = None) -> list[Snapshot]:
         return await asyncio.to_thread(self._snapshots, vm)
 
@@ -119,12 +107,14 @@ class ImagesTarget(Target):
         found = []
         for path in sorted(self.path.glob(f"*/*/{manifest.NAME}")):
             folder = path.parent
-            if folder.name.endswith(PARTIAL) or vm not in (None, folder.parent.name):
+            if not removal.is_listed(folder) or vm not in (None, folder.parent.name):
                 continue
             try:
-                found.append(manifest.read(path, target=self.name))
+                snapshot = manifest.read(path, target=self.name)
+                found.append(replace(snapshot, protected=removal.is_protected(folder)))
             except TargetError as error:  # one broken snapshot must not hide the others
-                log.warning("snapshot.unreadable", target=self.name, error=str(error))
+                if path.exists():  # else somebody removed it meanwhile
+                    log.warning("snapshot.unreadable", target=self.name, error=str(error))
         return found
 
     async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> None:
@@ -132,9 +122,47 @@ class ImagesTarget(Target):
         into_existing = await asyncio.to_thread(to.is_block_device)
         await tools.convert(source, "qcow2", to, image_format, into_existing=into_existing)
 
+    async def remove(self, snapshot: Snapshot) -> None:
+        await aio.finish(asyncio.to_thread(self._remove, snapshot))
+
+    def _remove(self, snapshot: Snapshot) -> None:
+        folder = self.path / snapshot.id
+        with explained(self.name, folder):
+            stays = removal.remove(folder, target=self.name)
+        if stays is None:
+            return
+        if stays.protected:
+            raise TargetError(
+                f"snapshot {snapshot.id} is protected",
+                hint=f"to remove it all the same: vmfleece snapshot protect {snapshot.id} --off",
+                code="protected",
+            )
+        if not stays.needed_by:
+            raise TargetError(
+                f"snapshot {snapshot.id} is needed by a backup of {snapshot.vm} that is under way",
+                hint="try again when it has ended",
+                code="needed",
+            )
+        needed_by = ", ".join(f"{snapshot.vm}/{name}" for name in stays.needed_by)
+        raise TargetError(
+            f"snapshot {snapshot.id} is needed by {needed_by}",
+            hint="remove what builds on it first",
+            code="needed",
+        )
+
+    async def protect(self, snapshot: Snapshot, *, protected: bool) -> Snapshot:
+        return await aio.finish(asyncio.to_thread(self._protect, snapshot, protected))
+
+    def _protect(self, snapshot: Snapshot, protected: bool) -> Snapshot:
+        folder = self.path / snapshot.id
+        with explained(self.name, folder):
+            if not removal.protect(folder, protected=protected):
+                raise gone(snapshot.id)
+        return replace(snapshot, protected=protected)
+
 
 class ImagesDraft(Draft):
-    """See the contract, `Draft`. Owns the partial folder, its lock and the open images in it."""
+    """See the contract, `Draft`. Owns the partial folder, its lock, the open images in it, and parents' locks."""
 
     def __init__(
         self,
@@ -157,6 +185,7 @@ class ImagesDraft(Draft):
         self._compression = compression
         self._disks: list[str] = []
         self._parents: dict[str, str | None] = {}
+        self._held: dict[str, int] = {}
         self._images: dict[str, int] = {}
         self._sealed: dict[str, SnapshotDisk] = {}
         self._renamed = False
@@ -170,6 +199,9 @@ class ImagesDraft(Draft):
                 code="disk-name",
             )
         compress = compressible and self._compression is Compression.ZSTD
+        if parent is not None:
+            # Finished in any case: a lock that is had after all must be known to `abort`.
+            await aio.finish(asyncio.to_thread(self._hold, parent))
         with explained(self._target, self._path(disk.id)):
             flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
             self._images[disk.id] = os.open(self._path(disk.id), flags, 0o600)
@@ -188,6 +220,15 @@ class ImagesDraft(Draft):
                 code="target-full" if full else "target-unwritable",
             ) from error
         return Sink(self._images[disk.id], compress)
+
+    def _hold(self, parent: str) -> None:
+        if parent not in self._held:
+            folder = self._final.parent.parent / parent
+            with explained(self._target, folder):
+                descriptor = removal.hold(folder)
+            if descriptor is None:
+                raise gone(parent)
+            self._held[parent] = descriptor
 
     async def seal(self, disk: Disk) -> SnapshotDisk:
         descriptor = self._images.pop(disk.id)
@@ -232,8 +273,7 @@ class ImagesDraft(Draft):
                 self._renamed = True
             durable.sync(self._final.parent)
             durable.sync(self._final.parent.parent)
-        os.close(self._lock)
-        self._lock = -1
+        self._unlock()
 
     async def abort(self) -> None:
         if self._committed is None:
@@ -243,17 +283,33 @@ class ImagesDraft(Draft):
         while self._images:
             os.close(self._images.popitem()[1])
         with explained(self._target, self._partial):
-            # A rename that could not be made durable is undone, too: nothing may be listed.
             with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(self._final if self._renamed else self._partial)
+                if (
+                    self._renamed
+                ):  # that could not be made durable: nothing may be listed, nor half of it for a moment
+                    self._final.rename(self._partial)
+                    self._renamed = False
+                shutil.rmtree(self._partial)
             with contextlib.suppress(OSError):  # the VM's folder, if this would have been its first
                 self._final.parent.rmdir()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        while self._held:
+            os.close(self._held.popitem()[1])
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
     def _path(self, disk: str) -> Path:
         return self._partial / manifest.disk_file(disk)
+
+
+def gone(snapshot: str) -> TargetError:
+    """The error that a snapshot is not there any more."""
+    return TargetError(
+        f"there is no snapshot {snapshot} any more", hint="somebody removed it meanwhile", code="no-snapshot"
+    )
 
 
 @contextlib.contextmanager

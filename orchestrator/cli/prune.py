@@ -1,0 +1,108 @@
+"""`vmfleece prune`."""
+
+import argparse
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.table import Table
+
+from orchestrator.cli import render
+from orchestrator.cli.snapshot import checked_target
+from orchestrator.config import Config
+from orchestrator.errors import EXIT_FAILED, EXIT_OK, ConfigError, StateError
+from orchestrator.run.prune import Pruned
+from orchestrator.run.prune import prune as prune_vm
+from orchestrator.service import engine
+from orchestrator.state import lock
+from orchestrator.units import format_size
+
+
+async def prune(config: Config, arguments: argparse.Namespace) -> int:
+    """Remove what retention does not keep; in a dry run, say what that would be."""
+    wanted = _wanted(config, arguments)
+    targets = engine.targets(config)
+    with contextlib.nullcontext() if arguments.dry_run else _alone(config):
+        results = [
+            await prune_vm(targets[target], vm, config.keeps(target, vm), dry_run=arguments.dry_run)
+            for target, vm in wanted
+        ]
+    pruned = [one for result in results for one in result.snapshots]
+    if arguments.json:
+        rows = [_document(one, dry_run=arguments.dry_run) for one in pruned]
+        render.print_json({"dry_run": arguments.dry_run, "snapshots": rows})
+    else:
+        _print(pruned, dry_run=arguments.dry_run)
+    return EXIT_FAILED if any(one.error for one in pruned) else EXIT_OK
+
+
+def _wanted(config: Config, arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """Targets and VMs of jobs that say what is kept. Raises ConfigError if a name, or all of them, mean none."""
+    if arguments.target is not None:
+        checked_target(config, arguments.target)
+    for what, name, there_are in (("VM", arguments.vm, config.vm), ("job", arguments.job, config.job)):
+        if name is not None and name not in there_are:
+            raise ConfigError(
+                f"no {what} {name!r} in {config.path}", hint=f"there are: {', '.join(there_are) or 'none'}"
+            )
+    found = {
+        (job.options.target, vm): None
+        for job in config.job.values()
+        for vm in job.vms
+        if job.keep is not None
+        and arguments.job in (None, job.name)
+        and arguments.target in (None, job.options.target)
+        and arguments.vm in (None, vm)
+    }
+    if not found:
+        narrowed = any((arguments.target, arguments.vm, arguments.job))
+        raise ConfigError(
+            f"no job in {config.path} has prune_backups" + (" and backs that up" if narrowed else ""),
+            hint='so everything is kept; to change that: prune_backups = "keep-last=3,keep-daily=13"',
+        )
+    return list(found)
+
+
+@contextlib.contextmanager
+def _alone(config: Config) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock.owned(config.daemon.state_dir))
+        except StateError as error:
+            if error.code != StateError.code:
+                raise
+            raise StateError(
+                error.message,
+                hint="prune cannot run beside the daemon or a backup: wait until it has ended; the daemon prunes"
+                " after each job by itself, and --dry-run can be used at any time",
+            ) from error
+        yield
+
+
+def _document(one: Pruned, *, dry_run: bool) -> dict[str, Any]:
+    return {
+        "snapshot": one.snapshot.id,
+        "vm": one.snapshot.vm,
+        "target": one.snapshot.target,
+        "keep": one.keep,
+        "reasons": one.reasons,
+        "removed": one.removed and not dry_run,
+        "stored_bytes": one.snapshot.stored_bytes,
+        "error": asdict(one.error) if one.error else None,
+    }
+
+
+def _print(pruned: Sequence[Pruned], *, dry_run: bool) -> None:
+    """Why each stays or goes, and the sum. What failed is logged with what to do."""
+    table = Table("SNAPSHOT", "", "REASONS", "TARGET", box=None, pad_edge=False)
+    for one in pruned:
+        what = "failed" if one.error else "keep" if one.keep else "remove"
+        why = one.error.message if one.error else ", ".join(one.reasons)
+        table.add_row(one.snapshot.id, what, why, one.snapshot.target)
+    render.print_table(table)
+    removed = [one.snapshot for one in pruned if one.removed]
+    freed = format_size(sum(snapshot.stored_bytes for snapshot in removed))
+    would_be = "would be " if dry_run else ""
+    kept = sum(one.keep for one in pruned)
+    render.print_line(f"{kept} kept, {len(removed)} {would_be}removed, {freed} {would_be}freed")
