@@ -26,6 +26,7 @@ from orchestrator.model import Progress, RunOptions, RunResult
 from orchestrator.qemu import qmp
 from orchestrator.run import survey
 from orchestrator.run.backup import Connect, Means, back_up, new_run_id
+from orchestrator.run.prune import prune
 from orchestrator.run.survey import Storages
 from orchestrator.service import api, overview
 from orchestrator.service.status import Status, StorageStatus
@@ -212,8 +213,20 @@ class Engine:
             runs = [group.create_task(self._with_retries(vm, options, job.retries, on_progress)) for vm in job.vms]
         results = [run.result() for run in runs]
         failed = [result.vm for result in results if result.error is not None]
+        for result in results:
+            if result.error is None:
+                await self._prune(options.target, result.vm)
         log.info("job.finished", job=name, vms=len(results), failed=failed)
         return results
+
+    async def _prune(self, target: str, vm: str) -> None:
+        """Remove what retention does not keep, now that there is a new snapshot. What fails is logged only."""
+        if keeps := self.config.keeps(target, vm):
+            try:
+                async with self._vm_lock(vm):
+                    await prune(self._means.targets[target], vm, keeps)
+            except VmfleeceError as error:
+                log.warning("prune.failed", vm=vm, target=target, error=str(error))
 
     async def _with_retries(
         self, vm: str, options: RunOptions, retries: int, on_progress: Callable[[Progress], None]

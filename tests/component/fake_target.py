@@ -23,6 +23,7 @@ class FakeTarget(Target):
         self.name = name
         self.max_runs = max_runs
         self.listed: list[Snapshot] = []
+        self.begun = 0
         self.drafts: list[FakeDraft] = []
         self.contents: dict[tuple[str, str], bytes] = {}
         self.before: Callable[[str], None] = lambda _step: None
@@ -72,7 +73,8 @@ class FakeDraft(Draft):
     """See the contract, `Draft`."""
 
     def __init__(self, target: FakeTarget, vm: str, started: datetime) -> None:
-        self.snapshot_id = f"{vm}/{len(target.listed)}"
+        self.snapshot_id = f"{vm}/{target.begun:04d}"
+        target.begun += 1
         self._target = target
         self._vm = vm
         self._started = started

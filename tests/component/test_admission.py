@@ -110,26 +110,33 @@ async def test_refused_growth_is_asked_for_again_as_soon_as_another_run_gives_so
     written = 0
 
     def write(job: Any) -> None:
-        # As much as its first grant holds; the rest only when it was granted more.
+        # Past the first threshold; then the copy waits for what comes of that.
         nonlocal written
-        room = estimate.limit(
-            world.controller.accounts.granted_bytes("local") - (0 if back.is_set() else other["x"].size_bytes)
-        )
-        if (written + 8) * CLUSTER < room and job.position + written < job.total // CLUSTER - 1:
+        if not back.is_set() and (written + 8) * CLUSTER < estimate.limit(first):
             written += 1
             world.qemu.guest_writes("vda", job.total - written * CLUSTER, b"new")
+        elif not back.is_set():
+            world.qemu.automatic = False
 
     world.qemu.during_copy = write
     with logged() as logs:
+
+        def seen(event: str) -> bool:
+            return any(line["event"] == event for line in logs)
+
         run = asyncio.ensure_future(world.back_up())
-        await settled(lambda: any(line["event"] == "grant.refused" for line in logs))
+        await settled(lambda: seen("grant.refused"))
+        assert seen("grant.refused")
+        assert not seen("grant.extended")
         refused.set()
+        await settled(lambda: seen("grant.extended"))
+        assert seen("grant.extended")
+        world.qemu.automatic = True
+        for job in world.qemu.jobs.values():
+            world.qemu._advance_soon(job)
         result = await run
     await holding
     assert result.error is None, result.error
-    growths = [line for line in logs if line["event"].startswith("grant.")]
-    assert growths[0]["event"] == "grant.refused"
-    assert any(line["event"] == "grant.extended" for line in growths)
     world.assert_copied(result.snapshot)
     await world.assert_nothing_is_left(before)
 
@@ -199,18 +206,21 @@ vms = ["web01"]
 target = "main"
 fleecing = "enabled=1,storage=local"
 retries = {retries}
+{more}
 """
 OPTIONS = RunOptions("main", Fleecing(storage="local"))
 
 
 @asynccontextmanager
 async def opened(
-    world: World, *, quota: str = "1GiB", first_grant: str = "10%", retries: int = 1
+    world: World, *, quota: str = "1GiB", first_grant: str = "10%", retries: int = 1, more: str = ""
 ) -> AsyncIterator[Engine]:
     """The engine over the world's QEMU and target, with a state_dir of its own."""
     path = world.folder / "vmfleece.toml"
     path.write_text(
-        CONFIG.format(folder=world.folder, quota=quota, socket=SOCKET, first_grant=first_grant, retries=retries)
+        CONFIG.format(
+            folder=world.folder, quota=quota, socket=SOCKET, first_grant=first_grant, retries=retries, more=more
+        )
     )
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(engine, "targets", lambda _config: {"main": world.target})
@@ -335,6 +345,21 @@ async def test_past_runs_tell_how_much_is_granted_first(make: Make, before: list
     run.cancel()
     await asyncio.wait([run])
     await world.assert_nothing_is_left(before)
+
+
+async def test_after_a_job_retention_is_applied_to_the_vms_that_succeeded(make: Make) -> None:
+    world = make(disks={"vda": MIB})
+    async with opened(world, more='prune_backups = "keep-last=2"') as one:
+        for _ in range(4):
+            (result,) = await one.run_job("nightly")
+            assert result.error is None, result.error
+        kept = [snapshot.id for snapshot in world.fake_target.listed]
+        assert len(kept) == 2
+        assert kept[-1] == result.snapshot
+        world.qemu.target_error = "Input/output error"
+        (result,) = await one.run_job("nightly")
+        assert result.error is not None
+    assert [snapshot.id for snapshot in world.fake_target.listed] == kept
 
 
 async def test_status_tells_of_the_run_and_of_who_waits(make: Make, before: list[str]) -> None:

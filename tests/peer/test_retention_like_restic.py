@@ -14,7 +14,8 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from orchestrator.run.retention import Point, decide, parse_keep
+from orchestrator.config.properties import parse_keep
+from orchestrator.run.retention import Point, decide
 
 # Opening a repository is slow on purpose (scrypt), and the first test makes one and opens it for each snapshot.
 pytestmark = pytest.mark.timeout(600)
