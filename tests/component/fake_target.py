@@ -73,7 +73,7 @@ class FakeDraft(Draft):
     """See the contract, `Draft`."""
 
     def __init__(self, target: FakeTarget, vm: str, started: datetime) -> None:
-        self.snapshot_id = f"{vm}/{target.begun:04d}"
+        self.snapshot_id = f"{vm}/{target.begun}"
         target.begun += 1
         self._target = target
         self._vm = vm
