@@ -71,7 +71,10 @@ class Fleecing:
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How one VM is to be backed up. `bwlimit_bytes_per_second` 0: no limit."""
+    """How one VM is to be backed up. `bwlimit_bytes_per_second` 0: no limit.
+
+    `full`: whatever is there already. `full_every`: how many snapshots of a disk a chain has at most; 0: no limit.
+    """
 
     target: str
     fleecing: Fleecing
@@ -79,6 +82,8 @@ class RunOptions:
     cbw_timeout_seconds: int = 10
     bwlimit_bytes_per_second: int = 0
     job: str | None = None
+    full: bool = False
+    full_every: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,8 @@ class Disk:
     `id` is the device's id (`vda`), `node` the node-name it is on, `device_path` the QOM path whose property
     `drive` puts it on another node, `node_driver` that node's driver (`qcow2`).
     `image` is the local file behind it, if there is one.
-    `size_bytes` is the virtual size, always a multiple of 512.
+    `size_bytes` is the virtual size, always a multiple of 512. `keeps_bitmaps`: its image can hold dirty bitmaps,
+    so that they outlast its QEMU.
     """
 
     id: str
@@ -100,6 +106,7 @@ class Disk:
     read_only: bool = False
     removable: bool = False
     empty: bool = False
+    keeps_bitmaps: bool = False
 
 
 @dataclass(frozen=True, slots=True)

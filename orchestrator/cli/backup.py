@@ -127,7 +127,8 @@ def _options(config: Config, arguments: argparse.Namespace) -> RunOptions:
         bwlimit = parse_rate(arguments.bwlimit) if arguments.bwlimit is not None else 0
     except ValueError as error:
         raise ConfigError(f"--bwlimit {arguments.bwlimit}: {error}") from error
-    return RunOptions(_target(config, arguments.target), fleecing, bwlimit_bytes_per_second=bwlimit)
+    target = _target(config, arguments.target)
+    return RunOptions(target, fleecing, bwlimit_bytes_per_second=bwlimit, full=arguments.full)
 
 
 def _target(config: Config, name: str | None) -> str:

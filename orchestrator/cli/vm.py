@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
@@ -9,8 +10,10 @@ from rich.table import Table
 from orchestrator.cli import render
 from orchestrator.config import Config
 from orchestrator.errors import EXIT_FAILED, EXIT_OK, ConfigError, VmfleeceError
-from orchestrator.model import Disk, Fleecing, FleecingPolicy, Vm
+from orchestrator.fleecing import bitmaps, rotation
+from orchestrator.model import Disk, Fleecing, FleecingPolicy, RunOptions, Vm
 from orchestrator.qemu import capabilities, commands, inventory, qmp
+from orchestrator.run.plan import Past
 from orchestrator.run.survey import survey
 from orchestrator.service import engine
 from orchestrator.units import format_size
@@ -48,12 +51,15 @@ async def show(config: Config, arguments: argparse.Namespace) -> int:
     async with qmp.connect(vm.qmp, vm=vm.name) as monitor:
         features = capabilities.from_schema(await monitor.execute(commands.QUERY_SCHEMA))
         facts = await _facts(monitor)
-        disks = inventory.disks(await monitor.execute(commands.QUERY_BLOCK))
+        block = await monitor.execute(commands.QUERY_BLOCK)
+        disks, described = inventory.disks(block), inventory.bitmaps(block)
         plan, refusal = None, None
         try:
-            fleecing = Fleecing(policy=FleecingPolicy.PREFER)
+            options = RunOptions("", Fleecing(policy=FleecingPolicy.PREFER))
             storages = engine.storages_for_plans(config, engine.storages(config))
-            plan = await survey(monitor, vm, fleecing, storages, features)
+            plan = await survey(
+                monitor, vm, options, storages, past=await _past(config, monitor, vm), can=features
+            )
         except VmfleeceError as error:
             refusal = error
     planned = {one.disk.id: one for one in plan.disks} if plan else {}
@@ -68,6 +74,7 @@ async def show(config: Config, arguments: argparse.Namespace) -> int:
                 "reason": one.reason if one else skipped,
                 "storage": one.storage if one else None,
                 "first_grant_bytes": one.grant_bytes if one else 0,
+                "bitmaps": [asdict(bitmap) for bitmap in bitmaps.of_node(described.get(disk.id, []))],
             }
         )
     document: dict[str, Any] = {
@@ -87,6 +94,14 @@ async def show(config: Config, arguments: argparse.Namespace) -> int:
         return EXIT_OK
     _print_vm(document)
     return EXIT_OK
+
+
+async def _past(config: Config, monitor: qmp.QmpMonitor, vm: Vm) -> Past:
+    """What a backup to the first target would build on."""
+    for name, target in engine.targets(config).items():
+        snapshots = await target.snapshots(vm.name)
+        return Past(snapshots, await rotation.look(monitor, name, [snapshot.id for snapshot in snapshots]))
+    return Past((), {})
 
 
 def configured(config: Config, name: str) -> Vm:
@@ -117,6 +132,11 @@ def _print_vm(document: dict[str, Any]) -> None:
             storage,
         )
     render.print_table(table)
+    for disk in document["disks"]:
+        for bitmap in disk["bitmaps"]:
+            state = "inconsistent" if bitmap["inconsistent"] else f"{format_size(bitmap['dirty_bytes'])} changed"
+            kept = "kept in the image" if bitmap["persistent"] else "lost when the VM ends"
+            render.print_line(f"{disk['disk']}: {state} since {bitmap['snapshot']} on {bitmap['target']}, {kept}")
     for warning in document["warnings"]:
         render.complain(warning)
     if document["error"]:

@@ -46,7 +46,6 @@ LATER = (
     Later("vm", "agent"),
     Later("vm", "extra_files"),
     Later("job", "consistency", values=("freeze",), instead="allowed: 'pause' or 'none'"),
-    Later("job", "full_every", only=0),
     Later("job", "hook"),
 )
 

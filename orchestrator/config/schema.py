@@ -209,8 +209,10 @@ class JobTable(Table):
         description="How fast a run copies at most: KiB/s, or with a unit; 0 is no limit.",
         example="50MiB",
     )
-    full_every: int = _key(
-        0, description="Length of a chain of incremental backups; 0: full when needed.", example=0
+    full_every: Annotated[int, Field(ge=0, le=1000)] = _key(
+        0,
+        description="How many snapshots build on each other at most, the full one included; 0: no limit.",
+        example=30,
     )
     prune_backups: Annotated[Keep, BeforeValidator(read_keep), WithJsonSchema({"type": "string"})] | None = _key(
         None,

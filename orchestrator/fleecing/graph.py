@@ -20,7 +20,7 @@ its own node back.
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import structlog
@@ -38,21 +38,29 @@ log = structlog.get_logger(__name__)
 
 JOB_END_SECONDS = 60.0
 REQUERY_SECONDS = 1.0
+CHANGED = "changed"
+"""On a snapshot-access node: the bitmap of what its job is to copy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """One disk's filter: what it is called, and the node that takes the old data."""
+    """One disk's filter: what it is called, the node that takes the old data, and the disk's bitmaps.
+
+    `new_bitmap` records from this moment on; `old_bitmap`, if only what is dirty in it is copied, until it.
+    """
 
     disk: Disk
     names: DiskNames
     old_data: str
+    new_bitmap: str
+    old_bitmap: str | None = None
 
 
-async def attach_target(monitor: Monitor, names: DiskNames, descriptor: int) -> None:
+async def attach_target(monitor: Monitor, names: DiskNames, descriptor: int, *, incremental: bool) -> None:
     """Give QEMU the qcow2 file that a disk's content goes to. Undone by `dismantle`."""
     await image.attach_file(monitor, names.target_file, descriptor)
-    await monitor.execute(commands.blockdev_add(commands.target_node(names.target, file=names.target_file)))
+    target = commands.target_node(names.target, file=names.target_file, incremental=incremental)
+    await monitor.execute(commands.blockdev_add(target))
 
 
 async def take_snapshot(monitor: Monitor, filters: Sequence[Filter], *, cbw_timeout_seconds: int) -> float:
@@ -67,7 +75,8 @@ async def take_snapshot(monitor: Monitor, filters: Sequence[Filter], *, cbw_time
         commands.reopen(*(commands.gate_node(one.names.gate, file=one.names.cbw) for one in filters))
     )
     held_seconds = time.perf_counter() - started
-    raise_first(await monitor.pipeline(_views(filters)))
+    ended = [commands.transaction(actions)] if (actions := _ended_bitmaps(filters)) else []
+    raise_first(await monitor.pipeline([*ended, *_views(filters)]))
     return held_seconds * 1000
 
 
@@ -88,13 +97,31 @@ def preparation(filters: Sequence[Filter], *, cbw_timeout_seconds: int) -> list[
     """What is sent before all filters go in at once: gates under the devices, filters not in use yet. Pure."""
     gates = [commands.blockdev_add(commands.gate_node(one.names.gate, file=one.disk.node)) for one in filters]
     drives = [commands.set_drive(one.disk.device_path, one.names.gate) for one in filters]
-    return [*gates, *drives, *_filters(filters, cbw_timeout_seconds)]
+    # What is dirty now lacks what the guest still writes until the filters are in: they copy everything.
+    copying_all = [replace(one, old_bitmap=None) for one in filters]
+    begun = commands.transaction(_begun_bitmaps(filters))
+    return [begun, *gates, *drives, *_filters(copying_all, cbw_timeout_seconds)]
 
 
 def insertion(filters: Sequence[Filter], *, cbw_timeout_seconds: int) -> list[Command]:
     """What is sent between `stop` and `cont`, in order. Pure."""
     drives = [commands.set_drive(one.disk.device_path, one.names.cbw) for one in filters]
-    return [*_filters(filters, cbw_timeout_seconds), *drives, *_views(filters)]
+    rotated = commands.transaction([*_begun_bitmaps(filters), *_ended_bitmaps(filters)])
+    return [rotated, *_filters(filters, cbw_timeout_seconds), *drives, *_views(filters)]
+
+
+def _begun_bitmaps(filters: Sequence[Filter]) -> list[dict[str, Any]]:
+    return [
+        commands.add_bitmap(one.disk.node, one.new_bitmap, persistent=one.disk.keeps_bitmaps) for one in filters
+    ]
+
+
+def _ended_bitmaps(filters: Sequence[Filter]) -> list[dict[str, Any]]:
+    return [
+        commands.change_bitmap("disable", one.disk.node, one.old_bitmap)
+        for one in filters
+        if one.old_bitmap is not None
+    ]
 
 
 def _filters(filters: Sequence[Filter], cbw_timeout_seconds: int) -> list[Command]:
@@ -105,6 +132,7 @@ def _filters(filters: Sequence[Filter], cbw_timeout_seconds: int) -> list[Comman
                 file=one.disk.node,
                 target=one.old_data,
                 timeout_seconds=cbw_timeout_seconds,
+                bitmap=one.old_bitmap,
             )
         )
         for one in filters
@@ -112,13 +140,20 @@ def _filters(filters: Sequence[Filter], cbw_timeout_seconds: int) -> list[Comman
 
 
 def _views(filters: Sequence[Filter]) -> list[Command]:
-    return [
+    """The nodes to read the point in time from, each with a bitmap of what is to be read, if that is not all."""
+    views = [
         commands.blockdev_add(commands.snapshot_access_node(one.names.snapshot, cbw=one.names.cbw))
         for one in filters
     ]
+    for one in filters:
+        if one.old_bitmap is not None:
+            node, changed = one.names.snapshot, {"node": one.disk.node, "name": one.old_bitmap}
+            added = commands.add_bitmap(node, CHANGED, disabled=True)
+            views.append(commands.transaction([added, commands.merge_bitmaps(node, CHANGED, [changed])]))
+    return views
 
 
-async def release(monitor: Monitor, names: DiskNames, pauser: Pauser | None) -> None:
+async def release(monitor: Monitor, names: DiskNames, pauser: Pauser | None, *, incremental: bool) -> None:
     """Take out a disk that was copied, and make sure that QEMU has written all of its copy.
 
     Raises TargetError if QEMU could not write all of it: deleting a node alone would hide that.
@@ -127,7 +162,8 @@ async def release(monitor: Monitor, names: DiskNames, pauser: Pauser | None) -> 
     await _take_out(monitor, names.prefix, pauser, roles=FLEECING)
     try:
         # Reopening writes out the format driver's caches and reports errors (block.c, bdrv_reopen_prepare).
-        await monitor.execute(commands.reopen(commands.target_node(names.target, file=names.target_file)))
+        target = commands.target_node(names.target, file=names.target_file, incremental=incremental)
+        await monitor.execute(commands.reopen(target))
     except CommandFailed as error:
         raise TargetError(
             f"the backup could not be written out: {error.description}",

@@ -70,12 +70,14 @@ def image_node(name: str, *, file: str) -> dict[str, Any]:
     return {"driver": "qcow2", "node-name": name, "file": file, "discard": "unmap"}
 
 
-def target_node(name: str, *, file: str) -> dict[str, Any]:
+def target_node(name: str, *, file: str, incremental: bool) -> dict[str, Any]:
     """A qcow2 image that is written once, mostly in order: small caches, so that closing it has little to write.
 
     QEMU writes them out in its main loop, and a guest without iothreads waits for that (docs/qcow2-cache).
+    The backing file of an incremental one is not opened: only whole clusters are written.
     """
-    return image_node(name, file=file) | {"l2-cache-size": 512 * 1024, "refcount-cache-size": 256 * 1024}
+    options = image_node(name, file=file) | {"l2-cache-size": 512 * 1024, "refcount-cache-size": 256 * 1024}
+    return options | {"backing": None} if incremental else options
 
 
 def gate_node(name: str, *, file: str) -> dict[str, Any]:
@@ -83,13 +85,17 @@ def gate_node(name: str, *, file: str) -> dict[str, Any]:
     return {"driver": "raw", "node-name": name, "file": file}
 
 
-def cbw_node(name: str, *, file: str, target: str, timeout_seconds: int) -> dict[str, Any]:
+def cbw_node(
+    name: str, *, file: str, target: str, timeout_seconds: int, bitmap: str | None = None
+) -> dict[str, Any]:
     """The filter that copies old data to `target` before a guest write (block/copy-before-write.c).
+
+    With a `bitmap` of `file`, as it is when the filter is made, only what is dirty there is copied, and readable.
 
     break-snapshot: when that copy fails or takes too long, the backup breaks and the guest goes on. The default,
     break-guest-write, would give the guest an I/O error.
     """
-    return {
+    options: dict[str, Any] = {
         "driver": "copy-before-write",
         "node-name": name,
         "file": file,
@@ -97,6 +103,9 @@ def cbw_node(name: str, *, file: str, target: str, timeout_seconds: int) -> dict
         "on-cbw-error": "break-snapshot",
         "cbw-timeout": timeout_seconds,
     }
+    if bitmap is not None:
+        options["bitmap"] = {"node": file, "name": bitmap}
+    return options
 
 
 def snapshot_access_node(name: str, *, cbw: str) -> dict[str, Any]:
@@ -112,8 +121,11 @@ def backup_job(
     speed_bytes_per_second: int,
     discard_source: bool,
     compress: bool,
+    bitmap: str | None = None,
 ) -> dict[str, Any]:
-    """A block job that copies a whole point in time. It stays in query-jobs until it is dismissed.
+    """A block job that copies a point in time: all of it, or what is dirty in a `bitmap` of `device`.
+
+    It stays in query-jobs until it is dismissed.
 
     A full target stops it (event BLOCK_JOB_ERROR, action `stop`); any other error ends it.
     """
@@ -127,6 +139,8 @@ def backup_job(
         "speed": speed_bytes_per_second,
         "x-perf": IN_FLIGHT,
     }
+    if bitmap is not None:
+        arguments |= {"sync": "bitmap", "bitmap": bitmap, "bitmap-mode": "never"}
     if discard_source:
         arguments["discard-source"] = True
     if compress:
@@ -134,12 +148,34 @@ def backup_job(
     return arguments
 
 
+GRANULARITY_BYTES = 64 * 1024
+"""Of our bitmaps, as large as a cluster of qcow2: an incremental image is written by whole clusters."""
+
+
+def transaction(actions: Sequence[Mapping[str, Any]]) -> Command:
+    """All of it or nothing, with the I/O of the nodes held meanwhile."""
+    return Command("transaction", {"actions": [dict(action) for action in actions]})
+
+
+def add_bitmap(node: str, name: str, **options: Any) -> dict[str, Any]:
+    """A step of a transaction: a bitmap that records from now on, or is `disabled`; kept if `persistent`."""
+    data = {"node": node, "name": name, "granularity": GRANULARITY_BYTES, **options}
+    return {"type": "block-dirty-bitmap-add", "data": data}
+
+
+def merge_bitmaps(node: str, name: str, others: Sequence[Any]) -> dict[str, Any]:
+    """A transaction's step: what is dirty in others, of this or another node (`{node, name}`), is so here, too."""
+    return {"type": "block-dirty-bitmap-merge", "data": {"node": node, "target": name, "bitmaps": list(others)}}
+
+
+def change_bitmap(verb: str, node: str, name: str) -> dict[str, Any]:
+    """A step of a transaction: `enable`, `disable` or `remove` a bitmap."""
+    return {"type": f"block-dirty-bitmap-{verb}", "data": {"node": node, "name": name}}
+
+
 def start_backups(backup_jobs: Sequence[Mapping[str, Any]]) -> Command:
     """Start several jobs at once, or none: starting one while another one copies would wait for its writes."""
-    return Command(
-        "transaction",
-        {"actions": [{"type": "blockdev-backup", "data": dict(job)} for job in backup_jobs]},
-    )
+    return transaction([{"type": "blockdev-backup", "data": dict(job)} for job in backup_jobs])
 
 
 def pause_job(job: str) -> Command:

@@ -13,6 +13,8 @@ from orchestrator.model import Disk
 PERIPHERAL = "/machine/peripheral/"
 ANONYMOUS = "/machine/peripheral-anon/"
 VIRTIO_BACKEND = "/virtio-backend"
+OLD_QCOW2 = "0.10"
+"""The version of qcow2 that cannot hold bitmaps."""
 FILTERS_OF_JOBS = ("copy-before-write", "mirror_top", "commit_top", "backup-top")
 
 
@@ -41,7 +43,23 @@ def _disk(device: Mapping[str, Any], qdev: str) -> Disk:
         read_only=bool(inserted and inserted["ro"]),
         removable=device["removable"],
         empty=inserted is None,
+        keeps_bitmaps=bool(inserted and inserted["drv"] == "qcow2" and _compat(image) != OLD_QCOW2),
     )
+
+
+def _compat(image: Mapping[str, Any]) -> str | None:
+    """Which qcow2 an image is (ImageInfoSpecificQCow2 in qapi/block-core.json)."""
+    compat = image.get("format-specific", {}).get("data", {}).get("compat")
+    return str(compat) if compat is not None else None
+
+
+def bitmaps(query_block: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The dirty bitmaps of each disk's node, by the disk's id, as QEMU describes them."""
+    return {
+        _disk_id(_device_path(device["qdev"]), device): device["inserted"].get("dirty-bitmaps", [])
+        for device in query_block
+        if device.get("qdev") and device.get("inserted")
+    }
 
 
 def _device_path(qdev: str) -> str:

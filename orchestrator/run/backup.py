@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,8 @@ from orchestrator.admission.controller import Controller
 from orchestrator.admission.lease import Lease, Waiting
 from orchestrator.admission.ledger.base import Grant
 from orchestrator.errors import NobodyThere, StorageError, VmfleeceError
-from orchestrator.fleecing import graph, image
+from orchestrator.fleecing import bitmaps, graph, image, rotation
+from orchestrator.fleecing.bitmaps import Settlement
 from orchestrator.fleecing.grant import GrantKeeper
 from orchestrator.fleecing.names import DiskNames, run_prefix
 from orchestrator.fleecing.pauser import Pauser
@@ -45,7 +46,7 @@ from orchestrator.qemu import capabilities, commands, jobs, qmp, tools
 from orchestrator.qemu.monitor import Monitor
 from orchestrator.run import copy, survey
 from orchestrator.run.outcome import CANCELLED, DiskRun, Facts, log_result
-from orchestrator.run.plan import Plan
+from orchestrator.run.plan import Past, Plan
 from orchestrator.run.survey import Storages
 from orchestrator.target.base import Draft, Target
 
@@ -155,18 +156,20 @@ class _Run:
         self._on_progress = on_progress
         self._undo = aio.UndoStack()
         self._pauser: Pauser | None = None
+        self._lost: dict[str, str] = {}
         self._phase = Phase.QUEUED
 
     async def execute(self, started: datetime) -> None:
         """All phases. What was done is undone at the end, also on failure and cancellation."""
-        target = self._means.targets[self._options.target]
-        await target.prepare()
+        await self._target.prepare()
         async with self._means.connect(self._vm.qmp, vm=self._vm.name) as monitor:
             self._capabilities = capabilities.from_schema(await monitor.execute(commands.QUERY_SCHEMA))
             if not self._capabilities.discard_source:
                 self._pauser = Pauser(monitor)
             await survey.settle_leftovers(monitor, self._vm.name, self._pauser, self._means.is_ours)
             await self._forget_dead_runs()
+            settled = await self._settle_bitmaps(monitor)
+            self._lost = {disk: one.reason for disk, one in settled.items() if one.base is None}
             done = False
             while not done:
                 planned = await self._survey(monitor)
@@ -202,13 +205,29 @@ class _Run:
             lease.stranded = TAKE_OUT in failed
 
     async def _survey(self, monitor: Monitor) -> Plan:
+        """What it would do now; asked again after it has waited, which may be for hours."""
+        snapshots = await self._target.snapshots(self._vm.name)
+        settlements = await rotation.look(monitor, self._target.name, [one.id for one in snapshots])
+        for disk, one in settlements.items():
+            if one.base is None:  # why is known only from before it was put right
+                settlements[disk] = replace(one, reason=self._lost.get(disk, one.reason))
         return await survey.survey(
             monitor,
             self._vm,
-            self._options.fleecing,
+            self._options,
             self._means.storages,
-            self._capabilities,
+            past=Past(snapshots, settlements),
+            can=self._capabilities,
         )
+
+    @property
+    def _target(self) -> Target:
+        return self._means.targets[self._options.target]
+
+    async def _settle_bitmaps(self, monitor: Monitor) -> dict[str, Settlement]:
+        """Go on from the snapshots that the target lists, whatever was under way when somebody died."""
+        listed = [snapshot.id for snapshot in await self._target.snapshots(self._vm.name)]
+        return await rotation.settle(monitor, self._target.name, listed)
 
     def _admit(self, planned: Plan) -> AbstractAsyncContextManager[Lease]:
         return self._means.controller.admit(
@@ -227,7 +246,8 @@ class _Run:
 
     async def _back_up(self, monitor: Monitor, lease: Lease, planned: Plan, started: datetime) -> None:
         self._enter(Phase.PREPARING)
-        draft = await self._means.targets[self._options.target].begin(self._vm.name, started)
+        self._undo.push("settle the bitmaps", lambda: self._settle_bitmaps(monitor))
+        draft = await self._target.begin(self._vm.name, started)
         self._undo.push("remove the unfinished snapshot", draft.abort)
         self._undo.push(TAKE_OUT, lambda: self._dismantle(monitor))
         self._facts.disks = [
@@ -240,7 +260,7 @@ class _Run:
         for disk in self._facts.disks:
             await self._prepare(gear, disk)
         self._enter(Phase.SNAPSHOTTING)
-        await self._snapshot(monitor)
+        await self._snapshot(monitor, draft)
         self._enter(Phase.COPYING)
         with contextlib.ExitStack() as watching:
             watches = [
@@ -263,9 +283,9 @@ class _Run:
     async def _prepare(self, gear: _Gear, disk: DiskRun) -> None:
         """Everything that can be done while the guest still runs on its own node."""
         fleeced = disk.plan.storage is not None
-        sink = await gear.draft.add_disk(disk.plan.disk, compressible=fleeced)
+        sink = await gear.draft.add_disk(disk.plan.disk, compressible=fleeced, parent=disk.plan.parent)
         disk.compress = sink.compress
-        await graph.attach_target(gear.monitor, disk.names, sink.descriptor)
+        await graph.attach_target(gear.monitor, disk.names, sink.descriptor, incremental=disk.incremental)
         if disk.plan.storage is None:
             return
         disk.file = await image.create(
@@ -280,12 +300,14 @@ class _Run:
         disk.grant_bytes = disk.plan.grant_bytes
         await gear.keeper.take(disk.plan.disk, disk.names)
 
-    async def _snapshot(self, monitor: Monitor) -> None:
+    async def _snapshot(self, monitor: Monitor, draft: Draft) -> None:
         filters = [
             graph.Filter(
                 disk.plan.disk,
                 disk.names,
                 disk.names.image if disk.plan.storage else disk.names.target,
+                new_bitmap=bitmaps.name_of(self._target.name, draft.snapshot_id),
+                old_bitmap=disk.plan.bitmap,
             )
             for disk in self._facts.disks
         ]
@@ -312,6 +334,7 @@ class _Run:
             # Without fleecing it would discard what it has just written to the target.
             discard_source=disk.file is not None and self._capabilities.discard_source,
             compress=disk.compress,
+            bitmap=graph.CHANGED if disk.incremental else None,
         )
 
     async def _finish(self, gear: _Gear, disk: DiskRun, watch: copy.Watch) -> None:
@@ -329,7 +352,7 @@ class _Run:
         if disk.file is not None:
             await gear.keeper.let_go(disk.plan.disk.id)
         async with gear.quiet.changing_graph():
-            await graph.release(gear.monitor, disk.names, self._pauser)
+            await graph.release(gear.monitor, disk.names, self._pauser, incremental=disk.incremental)
         await _close(disk)
         await self._means.controller.release(gear.lease, disk.plan.disk.id)
         if self._options.bwlimit_bytes_per_second and gear.quiet.jobs:
@@ -347,6 +370,7 @@ class _Run:
     def _copied(self, disk: DiskRun, lease: Lease, state: jobs.JobState) -> None:
         # The last cluster of a disk of odd size counts whole.
         disk.copied_bytes = min(state.current_bytes, disk.plan.disk.size_bytes)
+        disk.to_copy_bytes = min(state.total_bytes, disk.plan.disk.size_bytes)
         if disk.file is not None:
             disk.fleecing_peak_bytes = max(disk.fleecing_peak_bytes, disk.file.used_bytes())
             disk.grant_bytes = lease.grants[disk.plan.disk.id].size_bytes

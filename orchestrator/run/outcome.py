@@ -19,7 +19,7 @@ from orchestrator.model import (
     RunOptions,
     RunResult,
 )
-from orchestrator.run.plan import REASON_FULL, DiskPlan
+from orchestrator.run.plan import DiskPlan
 from orchestrator.storage.base import ImageFile
 from orchestrator.target.base import Snapshot
 
@@ -36,9 +36,15 @@ class DiskRun:
     names: DiskNames
     file: ImageFile | None = None
     grant_bytes: int = 0
+    to_copy_bytes: int = 0
     copied_bytes: int = 0
     fleecing_peak_bytes: int = 0
     compress: bool = False
+
+    @property
+    def incremental(self) -> bool:
+        """Whether only what changed is copied."""
+        return self.plan.kind is Kind.INCREMENTAL
 
 
 @dataclass(slots=True)
@@ -55,12 +61,26 @@ class Facts:
         """How long the guest was held, to the microsecond."""
         return round(self.pause_ms, 3) if self.pause_ms is not None else None
 
+    @property
+    def kind(self) -> Kind:
+        """Incremental if any disk is."""
+        incremental = any(disk.incremental for disk in self.disks)
+        return Kind.INCREMENTAL if incremental else Kind.FULL
+
+    @property
+    def reason(self) -> str:
+        """Why each disk was copied whole, or since when."""
+        by_reason: dict[str, list[str]] = {}
+        for disk in self.disks:
+            by_reason.setdefault(disk.plan.reason, []).append(disk.plan.disk.id)
+        return "; ".join(f"{', '.join(disks)}: {reason}" for reason, disks in by_reason.items())
+
     def progress(self, vm: str, run: str, phase: Phase) -> Progress:
         """How far it is."""
         disks = tuple(
             DiskProgress(
                 disk=disk.plan.disk.id,
-                size_bytes=disk.plan.disk.size_bytes,
+                size_bytes=disk.to_copy_bytes or disk.plan.disk.size_bytes,
                 copied_bytes=disk.copied_bytes,
                 fleecing_bytes=disk.file.used_bytes() if disk.file else 0,
                 grant_bytes=disk.grant_bytes,
@@ -74,13 +94,14 @@ class Facts:
         return {
             "run": run,
             "job": options.job,
-            "kind": Kind.FULL,
+            "kind": self.kind,
             "consistency": options.consistency,
             "pause_ms": self.rounded_pause_ms,
             "vmfleece": __version__,
             "disks": [
                 {
                     "disk": disk.plan.disk.id,
+                    "kind": disk.plan.kind,
                     "reason": disk.plan.reason,
                     "source": disk.plan.disk.image,
                     "source_driver": disk.plan.disk.node_driver,
@@ -110,8 +131,8 @@ class Facts:
             run=run,
             outcome=outcome,
             snapshot=self.snapshot.id if self.snapshot else None,
-            kind=Kind.FULL,
-            reason=REASON_FULL,
+            kind=self.kind,
+            reason=self.reason,
             started=started,
             duration_seconds=round(duration_seconds, 3),
             pause_ms=self.rounded_pause_ms,

@@ -10,26 +10,40 @@ from typing import Any
 from orchestrator.admission import estimate
 from orchestrator.admission.estimate import Need
 from orchestrator.errors import AdmissionError, FleecingError, RefusedError
-from orchestrator.model import Disk, Fleecing, FleecingPolicy, Kind
+from orchestrator.fleecing.bitmaps import Settlement
+from orchestrator.model import Disk, FleecingPolicy, Kind, RunOptions
 from orchestrator.qemu import jobs
 from orchestrator.qemu.capabilities import Capabilities
 from orchestrator.qemu.inventory import FILTERS_OF_JOBS
+from orchestrator.target.base import Snapshot, SnapshotDisk
 from orchestrator.units import Share, format_size
 
-REASON_FULL = "incremental backups are not available yet"
 MIGRATING = ("setup", "active", "device", "pre-switchover", "postcopy-active", "cancelling")
 NOT_NOW = ("inmigrate", "postmigrate", "finish-migrate", "save-vm", "restore-vm", "shutdown")
 
 
 @dataclass(frozen=True, slots=True)
 class DiskPlan:
-    """One disk of a run. `storage` None: without fleecing; `grant_bytes` is its first grant there."""
+    """One disk of a run. `storage` None: without fleecing; `grant_bytes` is its first grant there.
+
+    An incremental one is copied as far as it changed since the snapshot `parent`, which `bitmap` says.
+    """
 
     disk: Disk
     kind: Kind
     reason: str
     storage: str | None
     grant_bytes: int
+    parent: str | None = None
+    bitmap: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What there is to build on: the VM's snapshots on the target, oldest first, and each disk's bitmaps of it."""
+
+    snapshots: Sequence[Snapshot]
+    settlements: Mapping[str, Settlement]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +66,13 @@ class Room:
     """What first grants are made of. Sizes in bytes.
 
     Of each storage its quota, what its file system could give at most, and the share of a disk that it gives first
-    where nothing is known; `expected` is what the past runs of the VM let expect, by disk.
+    where nothing is known; `expected` is what the past runs of the VM let expect, by kind and disk.
     """
 
     quotas: Mapping[str, int]
     attainable: Mapping[str, int]
     shares: Mapping[str, Share | int]
-    expected: Mapping[str, int]
+    expected: Mapping[Kind, Mapping[str, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +145,8 @@ def plan(
     chosen: Sequence[Disk],
     skipped: Mapping[str, str],
     *,
-    fleecing: Fleecing,
+    options: RunOptions,
+    past: Past,
     nearest: Mapping[str, str | None],
     room: Room,
 ) -> Plan:
@@ -139,35 +154,71 @@ def plan(
 
     Raises FleecingError or AdmissionError where fleecing is required and cannot be had.
     """
+    fleecing = options.fleecing
+    disks = tuple(_copied(disk, options, past) for disk in chosen)
     if not fleecing.enabled:
-        return _without_fleecing(chosen, skipped, ())
+        return Plan(disks, skipped)
     try:
-        grants = _grants(vm, chosen, fleecing.storage, nearest, room)
+        grants = _grants(vm, disks, fleecing.storage, nearest, room)
     except (FleecingError, AdmissionError) as error:
         if fleecing.policy is FleecingPolicy.REQUIRE:
             raise
-        return _without_fleecing(chosen, skipped, (f"backed up without fleecing: {error}",))
-    disks = tuple(
-        DiskPlan(disk, Kind.FULL, REASON_FULL, grants[disk.id][0], grants[disk.id][1]) for disk in chosen
+        return Plan(disks, skipped, (f"backed up without fleecing: {error}",))
+    return Plan(
+        tuple(replace(one, storage=grants[one.disk.id][0], grant_bytes=grants[one.disk.id][1]) for one in disks),
+        skipped,
     )
-    return Plan(disks, skipped)
 
 
-def _without_fleecing(chosen: Sequence[Disk], skipped: Mapping[str, str], warnings: tuple[str, ...]) -> Plan:
-    disks = tuple(DiskPlan(disk, Kind.FULL, REASON_FULL, None, 0) for disk in chosen)
-    return Plan(disks, skipped, warnings)
+def _copied(disk: Disk, options: RunOptions, past: Past) -> DiskPlan:
+    """How much of a disk is copied, and why; not fleeced yet."""
+    settlement = past.settlements.get(disk.id)
+    base = settlement.base if settlement else None
+    if options.full:
+        return DiskPlan(disk, Kind.FULL, "asked for", None, 0)
+    if base is None:
+        why = settlement.reason if settlement else "there is no bitmap of its changes"
+        return DiskPlan(disk, Kind.FULL, why, None, 0)
+    parents = {snapshot.id: {one.disk: one for one in snapshot.disks} for snapshot in past.snapshots}
+    parent = parents[base.snapshot].get(disk.id)
+    if parent is None:
+        return DiskPlan(disk, Kind.FULL, f"{base.snapshot} does not have it", None, 0)
+    if parent.size_bytes != disk.size_bytes:
+        sizes = f"from {format_size(parent.size_bytes)} to {format_size(disk.size_bytes)}"
+        return DiskPlan(disk, Kind.FULL, f"it was resized {sizes}", None, 0)
+    length = _chain_length(parents, base.snapshot, disk.id)
+    if length is None:
+        return DiskPlan(disk, Kind.FULL, f"a snapshot that {base.snapshot} builds on is gone", None, 0)
+    if options.full_every and length >= options.full_every:
+        return DiskPlan(disk, Kind.FULL, f"its chain has {length} snapshots (full_every)", None, 0)
+    return DiskPlan(disk, Kind.INCREMENTAL, f"since {base.snapshot}", None, 0, base.snapshot, base.name)
+
+
+def _chain_length(
+    snapshots: Mapping[str, Mapping[str, SnapshotDisk]], snapshot: str | None, disk: str
+) -> int | None:
+    """How many snapshots a disk's image builds on, its own included; None if one of them is gone."""
+    length = 0
+    while snapshot is not None:
+        found = snapshots.get(snapshot, {}).get(disk)
+        if found is None:
+            return None
+        length += 1
+        snapshot = found.parent
+    return length
 
 
 def _grants(
     vm: str,
-    chosen: Sequence[Disk],
+    disks: Sequence[DiskPlan],
     storage: str | None,
     nearest: Mapping[str, str | None],
     room: Room,
 ) -> dict[str, tuple[str, int]]:
     """Storage and first grant by disk."""
     by_storage: dict[str, dict[str, Need]] = {}
-    for disk in chosen:
+    for one in disks:
+        disk = one.disk
         name = storage or nearest[disk.id]
         if name is None:
             raise FleecingError(
@@ -176,7 +227,7 @@ def _grants(
                 hint=f"name one: --fleecing enabled=1,storage=NAME; there are: {', '.join(room.quotas) or 'none'}",
                 code="no-storage",
             )
-        need = Need(disk.size_bytes, room.shares[name], room.expected.get(disk.id))
+        need = Need(disk.size_bytes, room.shares[name], room.expected[one.kind].get(disk.id))
         by_storage.setdefault(name, {})[disk.id] = need
     grants: dict[str, tuple[str, int]] = {}
     for name, needs in by_storage.items():

@@ -13,12 +13,12 @@ from orchestrator.errors import RefusedError, StorageError
 from orchestrator.fleecing import graph
 from orchestrator.fleecing.names import run_of, run_prefix
 from orchestrator.fleecing.pauser import Pauser
-from orchestrator.model import Disk, Fleecing, Kind, Vm
+from orchestrator.model import Disk, Kind, RunOptions, Vm
 from orchestrator.qemu import capabilities, commands, inventory
 from orchestrator.qemu.capabilities import Capabilities
 from orchestrator.qemu.commands import PREFIX
 from orchestrator.qemu.monitor import Monitor
-from orchestrator.run.plan import Plan, Room, Situation, check_situation, choose_disks, plan
+from orchestrator.run.plan import Past, Plan, Room, Situation, check_situation, choose_disks, plan
 from orchestrator.storage.base import Storage
 from orchestrator.units import Share
 
@@ -49,8 +49,10 @@ class Storages:
 async def survey(
     monitor: Monitor,
     vm: Vm,
-    fleecing: Fleecing,
+    options: RunOptions,
     storages: Storages,
+    *,
+    past: Past,
     can: Capabilities,
 ) -> Plan:
     """What a backup of the VM would do.
@@ -70,13 +72,14 @@ async def survey(
         vm.name,
         chosen,
         skipped,
-        fleecing=fleecing,
+        options=options,
+        past=past,
         nearest=await asyncio.to_thread(nearest_storages, chosen, storages.by_name),
         room=Room(
             quotas={name: storage.quota_bytes for name, storage in storages.by_name.items()},
             attainable={name: storages.attainable_bytes(name) for name in storages.by_name},
             shares=storages.first_shares,
-            expected=history.expected(past_results, Kind.FULL),
+            expected={kind: history.expected(past_results, kind) for kind in Kind},
         ),
     )
 

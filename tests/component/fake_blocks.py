@@ -17,6 +17,17 @@ QCOW2_MAGIC = b"QFI\xfb"
 
 
 @dataclass
+class Bitmap:
+    """A dirty bitmap, by clusters."""
+
+    recording: bool = True
+    persistent: bool = False
+    inconsistent: bool = False
+    busy: bool = False
+    dirty: set[int] = field(default_factory=set)
+
+
+@dataclass
 class Node:
     """A block node. `children` are names by role (`file`, `target`); only what its driver has is used."""
 
@@ -30,6 +41,7 @@ class Node:
     content: bytearray | None = None
     image: str = ""
     read_only: bool = False
+    bitmaps: dict[str, Bitmap] = field(default_factory=dict)
     # a file that was passed as a descriptor
     descriptor: int | None = None
     # a qcow2 image of ours: what was written into it, by cluster
@@ -40,6 +52,8 @@ class Node:
     released: set[int] = field(default_factory=set)
     broken: bool = False
     used: bool = False
+    access: set[int] | None = None
+    """The clusters that it copies and that can be read through it; None: all."""
 
     @property
     def image_bytes(self) -> int:
@@ -82,6 +96,8 @@ class Job:
     pausing: bool = False
     position: int = 0
     speed: int = 0
+    changed: list[int] | None = None
+    """The clusters that it copies; None: all."""
 
     @property
     def over(self) -> bool:
@@ -107,6 +123,10 @@ def clusters(offset: int, length: int) -> range:
 
 def write_out(descriptor: int, node: Node) -> None:
     """Write what a target node holds into its file, as QEMU's caches are written at a flush."""
+    if "backing" in node.options:  # an incremental image
+        for at, data in node.store.items():
+            os.pwrite(descriptor, data, at * CLUSTER)
+        return
     content = bytearray(node.size)
     for at, data in node.store.items():
         content[at * CLUSTER : at * CLUSTER + len(data)] = data

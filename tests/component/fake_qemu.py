@@ -9,6 +9,7 @@ none. Also recorded is whatever touches what is not ours.
 """
 
 import asyncio
+import copy
 import itertools
 import os
 import time
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.errors import CommandFailed
 from orchestrator.qemu.commands import PREFIX, Command
 from orchestrator.qemu.monitor import Event
-from tests.component.fake_blocks import CLUSTER, Device, Fdset, Job, Node, clusters, write_out
+from tests.component.fake_blocks import CLUSTER, Bitmap, Device, Fdset, Job, Node, clusters, write_out
 
 if TYPE_CHECKING:
     from tests.component.fake_monitor import FakeMonitor
@@ -104,6 +105,9 @@ class FakeQemu:
             for at in clusters(offset, len(data)):
                 self._copy_before_write(filtered, at, bytes(base.content[at * CLUSTER : (at + 1) * CLUSTER]))
         self.writes += 1
+        for bitmap in base.bitmaps.values():
+            if bitmap.recording:
+                bitmap.dirty.update(clusters(offset, len(data)))
         base.content[offset : offset + len(data)] = data
 
     def break_snapshot(self, disk: str) -> None:
@@ -236,6 +240,18 @@ class FakeQemu:
             "ro": node.read_only,
             "write_threshold": node.threshold,
             "image": {"virtual-size": base.size, "filename": base.image},
+            "dirty-bitmaps": [
+                {
+                    "name": name,
+                    "granularity": CLUSTER,
+                    "count": len(bitmap.dirty) * CLUSTER,
+                    "recording": bitmap.recording,
+                    "persistent": bitmap.persistent,
+                    "busy": bitmap.busy,
+                    **({"inconsistent": True} if bitmap.inconsistent else {}),
+                }
+                for name, bitmap in node.bitmaps.items()
+            ],
         }
 
     def _query_blockstats(self, _arguments: Any) -> Any:
@@ -329,6 +345,8 @@ class FakeQemu:
         if driver == "copy-before-write" and arguments.get("on-cbw-error") != "break-snapshot":
             raise QemuWouldDie("a failing copy would give the guest an I/O error")
         node = Node(name, driver, dict(arguments), children)
+        if "bitmap" in arguments:
+            node.access = set(self._bitmap("blockdev-add", **arguments["bitmap"]).dirty)
         if driver == "file":
             number = int(arguments["filename"].removeprefix("/dev/fdset/"))
             if number not in self.fdsets:
@@ -435,10 +453,52 @@ class FakeQemu:
         ]
 
     def _transaction(self, arguments: Any) -> Any:
-        assert all(action["type"] == "blockdev-backup" for action in arguments["actions"])
-        prepared = [self._prepare_backup(action["data"]) for action in arguments["actions"]]
+        before = {name: copy.deepcopy(node.bitmaps) for name, node in self.nodes.items()}
+        prepared = []
+        try:
+            for action in arguments["actions"]:
+                if action["type"] == "blockdev-backup":
+                    prepared.append(self._prepare_backup(action["data"]))
+                else:
+                    verb = action["type"].removeprefix("block-dirty-bitmap-")
+                    self._change_bitmap(
+                        verb, **{key.replace("-", "_"): one for key, one in action["data"].items()}
+                    )
+        except CommandFailed:
+            for name, bitmaps in before.items():
+                self.nodes[name].bitmaps = bitmaps
+            raise
         self._start(prepared)
         return {}
+
+    def _change_bitmap(
+        self, verb: str, node: str, name: str = "", *, target: str = "", bitmaps: Any = (), **options: Any
+    ) -> None:
+        if not (name or target).startswith("vmfleece:") and not node.startswith(PREFIX):
+            raise QemuWouldDie("somebody else's bitmap is touched")
+        there = self._node("transaction", node).bitmaps
+        if verb == "add":
+            if name in there:
+                raise CommandFailed("transaction", f"Bitmap already exists: {name}")
+            there[name] = Bitmap(not options.get("disabled"), options.get("persistent", False))
+            return
+        bitmap = self._bitmap("transaction", node, name or target)
+        if bitmap.busy or (bitmap.inconsistent and verb != "remove"):
+            raise CommandFailed("transaction", f"Bitmap '{name or target}' is busy or inconsistent")
+        if verb == "merge":
+            for other in bitmaps:
+                where = other if isinstance(other, dict) else {"node": node, "name": other}
+                bitmap.dirty |= self._bitmap("transaction", **where).dirty
+        elif verb == "remove":
+            del there[name]
+        else:
+            bitmap.recording = verb == "enable"
+
+    def _bitmap(self, command: str, node: str, name: str) -> Bitmap:
+        bitmaps = self._node(command, node).bitmaps
+        if name not in bitmaps:
+            raise CommandFailed(command, f"Dirty bitmap '{name}' not found")
+        return bitmaps[name]
 
     def _blockdev_backup(self, arguments: Any) -> Any:
         self._start([self._prepare_backup(arguments)])
@@ -446,7 +506,7 @@ class FakeQemu:
 
     def _start(self, prepared: list[Job]) -> None:
         for job in prepared:
-            self.nodes[job.target].size = job.total
+            self.nodes[job.target].size = self._base(job.source).size
             self.jobs[job.id] = job
             self._change(job, "created")
             self._change(job, "running")
@@ -467,11 +527,15 @@ class FakeQemu:
         discards = bool(arguments.get("discard-source"))
         if discards and filtered.children["target"] == target.name:
             raise QemuWouldDie("discard-source would discard the backup itself")
+        size, changed = self._base(filtered.name).size, None
+        if arguments["sync"] == "bitmap":
+            changed = sorted(self._bitmap("blockdev-backup", source.name, arguments["bitmap"]).dirty)
         return Job(
             arguments["job-id"],
             source.name,
             target.name,
-            total=self._base(filtered.name).size,
+            total=size if changed is None else len(changed) * CLUSTER,
+            changed=changed,
             discards=discards,
             on_target_error=arguments["on-target-error"],
             speed=arguments["speed"],
@@ -555,12 +619,15 @@ class FakeQemu:
         filtered = self.nodes[source.children["file"]]
         for _ in range(count):
             at = job.position
-            if at * CLUSTER >= job.total:
+            if job.changed is not None and at < len(job.changed):
+                at = job.changed[at]
+            if job.position * CLUSTER >= job.total:
                 self._change(job, "waiting")
                 self._change(job, "pending")
                 self._conclude(job, "BLOCK_JOB_COMPLETED")
                 return
-            if filtered.broken or at in filtered.released:
+            unreadable = filtered.access is not None and at not in filtered.access
+            if filtered.broken or unreadable or at in filtered.released:
                 self._fail(job, "read", "Permission denied")
                 return
             if self.target_error is not None:
@@ -621,6 +688,8 @@ class FakeQemu:
 
     def _copy_before_write(self, filtered: Node, at: int, old: bytes) -> None:
         if filtered.broken or at in filtered.saved or at in filtered.released:
+            return
+        if filtered.access is not None and at not in filtered.access:
             return
         image = self.nodes[filtered.children["target"]]
         if self.target_error and self.nodes[image.children["file"]].driver == "file":

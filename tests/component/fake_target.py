@@ -94,6 +94,8 @@ class FakeDraft(Draft):
         self.parents[disk.id] = parent
         self._files[disk.id] = os.memfd_create(f"target-{disk.id}")
         os.ftruncate(self._files[disk.id], disk.size_bytes)
+        if parent is not None:
+            os.pwrite(self._files[disk.id], self._target.contents[parent, disk.id], 0)
         return Sink(self._files[disk.id], compress=False)
 
     async def seal(self, disk: Disk) -> SnapshotDisk:

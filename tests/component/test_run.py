@@ -125,6 +125,7 @@ async def test_between_stop_and_cont_only_filters_go_in_and_in_this_order(make: 
     world = make(discard_source=False)
     succeeded(await world.back_up())
     assert between(wire(world), "stop", "cont") == [
+        "transaction",
         f"blockdev-add vmf-{RUN}-0-cbw",
         f"blockdev-add vmf-{RUN}-1-cbw",
         "qom-set /machine/peripheral/vda",
@@ -204,7 +205,8 @@ def _backups_of(command: Command) -> list[dict[str, object]]:
     if command.name == "blockdev-backup":
         return [dict(command.arguments)]
     if command.name == "transaction":
-        return [action["data"] for action in command.arguments["actions"]]
+        actions = command.arguments["actions"]
+        return [action["data"] for action in actions if action["type"] == "blockdev-backup"]
     return []
 
 

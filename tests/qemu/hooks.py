@@ -15,7 +15,10 @@ Act = Callable[[], Awaitable[object]]
 
 
 class HookedMonitor(PassingMonitor):
-    """Passes everything on; acts once, before (or after) the first pipeline that holds the named command."""
+    """Passes everything on; acts once, before (or after) the first pipeline that holds the named command.
+
+    What is done in a transaction is named, too: `blockdev-backup` is where the jobs start.
+    """
 
     def __init__(self, inner: qmp.QmpMonitor, command: str, act: Act, *, after: bool) -> None:
         super().__init__(inner)
@@ -27,7 +30,7 @@ class HookedMonitor(PassingMonitor):
     async def pipeline(
         self, commands: Sequence[Command], *, deadline_seconds: float = DEADLINE_SECONDS
     ) -> list[Any]:
-        hit = not self._done and any(command.name == self._command for command in commands)
+        hit = not self._done and any(self._command in _names(command) for command in commands)
         self._done = self._done or hit
         if hit and not self._after:
             await self._act()
@@ -35,6 +38,10 @@ class HookedMonitor(PassingMonitor):
         if hit and self._after:
             await self._act()
         return replies
+
+
+def _names(command: Command) -> list[str]:
+    return [command.name, *(action["type"] for action in command.arguments.get("actions", []))]
 
 
 class At:

@@ -150,7 +150,7 @@ async def test_a_copy_outlives_its_connection(vm: GuestVm, tmp_path: Path) -> No
         "blockdev-add",
         "qom-set",
         "blockdev-reopen",
-        "transaction",
+        "blockdev-backup",
         "job-dismiss",
         "blockdev-del",
     ],
@@ -176,7 +176,14 @@ async def test_a_run_that_is_cut_off_at_a_command_leaves_nothing(
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(
     "command",
-    ["blockdev-add", "block-set-write-threshold", "blockdev-reopen", "transaction", "job-dismiss", "blockdev-del"],
+    [
+        "blockdev-add",
+        "block-set-write-threshold",
+        "blockdev-reopen",
+        "blockdev-backup",
+        "job-dismiss",
+        "blockdev-del",
+    ],
 )
 async def test_a_run_that_is_cancelled_leaves_nothing(
     vm: GuestVm, tmp_path: Path, command: str, *, after: bool
@@ -256,7 +263,7 @@ async def test_a_qemu_that_ends_fails_the_run(
 ) -> None:
     monkeypatch.setattr(copy, "RECONNECT_SECONDS", 2.0)
     monkeypatch.setattr(backup_module, "UNDO_RECONNECT_SECONDS", 1.0)
-    commands = {"preparing": "block-set-write-threshold", "copying": "transaction", "releasing": "job-dismiss"}
+    commands = {"preparing": "block-set-write-threshold", "copying": "blockdev-backup", "releasing": "job-dismiss"}
     host = Host(tmp_path, mortal, connect=At(commands[moment], lambda: way(mortal), after=moment == "copying"))
     result = await host.back_up(FLEECED)
     assert_failed(result, "vm-gone", "vm-unreachable")

@@ -81,7 +81,7 @@ def overwriting(vm: GuestVm) -> int:
 async def test_a_backup_under_load_is_its_moment_byte_for_byte(vm: GuestVm, way: str, tmp_path: Path) -> None:
     fleecing, target = WAYS[way]
     jobs_may_start = asyncio.Event()
-    host = Host(tmp_path, vm, connect=At("transaction", jobs_may_start.wait))
+    host = Host(tmp_path, vm, connect=At("blockdev-backup", jobs_may_start.wait))
     await vm.pause()
     async with host.backing_up(fleecing, target=target, bwlimit=SLOWLY) as under_way:
         await under_way.until(lambda: under_way.phase is Phase.COPYING, "the point in time")

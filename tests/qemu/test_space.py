@@ -102,7 +102,7 @@ async def test_grants_are_extended_while_the_guest_overwrites_the_disk(
 async def test_the_worst_case_fits_its_grant(vm: GuestVm, tmp_path: Path) -> None:
     """The whole disk is overwritten before a single byte of it has been copied."""
     jobs_may_start = asyncio.Event()
-    host = Host(tmp_path, vm, exclude=ONLY_SMALL, connect=At("transaction", jobs_may_start.wait))
+    host = Host(tmp_path, vm, exclude=ONLY_SMALL, connect=At("blockdev-backup", jobs_may_start.wait))
     await vm.pause()
     async with host.backing_up(FLEECED) as under_way:
         await under_way.until(lambda: under_way.phase is Phase.COPYING, "the point in time")

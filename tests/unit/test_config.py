@@ -281,7 +281,7 @@ def test_the_schema_describes_every_key_with_an_example() -> None:
         assert {"type", "anyOf"} & set(definition), (section, key)
     job = schema["$defs"]["JobTable"]["properties"]
     assert job["consistency"]["enum"] == ["pause", "none"]
-    assert job["full_every"]["const"] == 0
+    assert job["full_every"]["maximum"] == 1000
     assert job["prune_backups"]["type"] == "string"
     assert "null" not in str(schema)
     assert "None" not in str(schema)

@@ -205,7 +205,6 @@ LATER_CASES = [
     ("vm.web01", 'agent = "/run/a"', "agent: not available yet"),
     ("vm.web01", 'extra_files = ["/f"]', "extra_files: not available yet"),
     ("job.nightly", 'consistency = "freeze"', "'freeze' is not available yet; allowed: 'pause' or"),
-    ("job.nightly", "full_every = 7", "7 is not available yet; allowed: 0"),
     ("job.nightly", 'hook = "/hook"', "hook: not available yet"),
 ]
 

@@ -109,6 +109,7 @@ def test_a_snapshot_keeps_how_it_was_made() -> None:
         "disks": [
             {
                 "disk": "vda",
+                "kind": "full",
                 "reason": "why",
                 "source": "/vda.qcow2",
                 "source_driver": "qcow2",

@@ -7,9 +7,9 @@ import pytest
 
 from orchestrator.admission import estimate
 from orchestrator.errors import AdmissionError, FleecingError, RefusedError
-from orchestrator.model import Disk, Fleecing, FleecingPolicy, Kind
+from orchestrator.model import Disk, Fleecing, FleecingPolicy, Kind, RunOptions
 from orchestrator.qemu.capabilities import Capabilities
-from orchestrator.run.plan import Plan, Room, Situation, check_situation, choose_disks, plan
+from orchestrator.run.plan import Past, Plan, Room, Situation, check_situation, choose_disks, plan
 from orchestrator.units import GIB, MIB, Share
 
 CAPABLE = Capabilities(break_snapshot=True, snapshot_access=True, discard_source=True)
@@ -129,25 +129,26 @@ def planned(
     *,
     nearest: str | None = "near",
     expected: dict[str, int] | None = None,
+    past: Past | None = None,
     **quotas: int,
 ) -> Plan:
     return plan(
         "web01",
         disks,
         {"cd0": "no medium in it"},
-        fleecing=fleecing,
+        options=RunOptions("main", fleecing),
+        past=past or NOTHING,
         nearest={one.id: nearest for one in disks},
         room=room(quotas or {"near": 100 * GIB, "other": 100 * GIB}, expected or {}),
     )
 
 
+NOTHING = Past((), {})
+
+
 def room(quotas: dict[str, int], expected: dict[str, int]) -> Room:
-    return Room(
-        quotas,
-        dict.fromkeys(quotas, 1 << 50),
-        {"near": Share(10.0), "a": Share(10.0), "b": Share(10.0), "other": 2 * GIB},
-        expected,
-    )
+    shares: dict[str, Share | int] = {name: Share(10.0) for name in quotas} | {"other": 2 * GIB}
+    return Room(quotas, dict.fromkeys(quotas, 1 << 50), shares, dict.fromkeys(Kind, expected))
 
 
 def places(made: Plan) -> list[str | None]:
@@ -166,7 +167,8 @@ def test_disks_on_two_storages_share_each_quota_apart() -> None:
         "web01",
         disks,
         {},
-        fleecing=REQUIRE,
+        options=RunOptions("main", REQUIRE),
+        past=NOTHING,
         nearest={"vda": "a", "vdb": "b", "vdc": "a"},
         room=room({"a": GIB, "b": 100 * GIB}, {}),
     )
@@ -195,9 +197,11 @@ def test_no_more_is_wanted_than_the_file_system_could_ever_give(attainable: int,
     limited = replace(
         room({"near": 200 * GIB}, {"vda": 10 * GIB, "vdb": 20 * GIB}), attainable={"near": attainable}
     )
-    made = plan("web01", disks, {}, fleecing=REQUIRE, nearest=dict.fromkeys(("vda", "vdb"), "near"), room=limited)
+    nearest = dict.fromkeys(("vda", "vdb"), "near")
+    options = RunOptions("main", REQUIRE)
+    made = plan("web01", disks, {}, options=options, past=NOTHING, nearest=nearest, room=limited)
     assert granted - MIB < sum(one.grant_bytes for one in made.disks) <= granted
-    anew = plan("web01", disks, {}, fleecing=REQUIRE, nearest=dict.fromkeys(("vda", "vdb"), "near"), room=limited)
+    anew = plan("web01", disks, {}, options=options, past=NOTHING, nearest=nearest, room=limited)
     assert anew.is_like(made)
     assert not planned(REQUIRE).is_like(made)
 

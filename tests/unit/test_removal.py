@@ -35,19 +35,26 @@ def words(commands: list[Command]) -> list[str]:
             case "blockdev-reopen":
                 (options,) = said["options"]
                 about = f"{options['node-name']} on {options['file']}"
+            case "transaction":
+                steps = [(action["type"].rpartition("-")[2], action["data"]) for action in said["actions"]]
+                about = ", ".join(f"{verb} {on['node']} {on.get('name') or on['target']}" for verb, on in steps)
             case _:
                 about = said["node-name"]
         found.append(f"{command.name} {about}".replace(PREFIX, ""))
     return found
 
 
-def fleeced(number: int, name: str) -> Filter:
-    return Filter(disk(name), names(number), names(number).image)
+OLD, NEW = "old", "new"
+
+
+def fleeced(number: int, name: str, old_bitmap: str | None = None) -> Filter:
+    return Filter(disk(name), names(number), names(number).image, NEW, old_bitmap)
 
 
 def test_filters_go_in_before_devices_are_put_on_them_and_snapshots_last() -> None:
     filters = [fleeced(0, "vda"), fleeced(1, "vdb")]
     assert words(insertion(filters, cbw_timeout_seconds=7)) == [
+        "transaction add drive-vda new, add drive-vdb new",
         "blockdev-add 0-cbw",
         "blockdev-add 1-cbw",
         "qom-set vda on 0-cbw",
@@ -61,6 +68,7 @@ def test_devices_are_put_on_gates_before_any_filter_is_there() -> None:
     filters = [fleeced(0, "vda"), fleeced(1, "vdb")]
     commands = preparation(filters, cbw_timeout_seconds=7)
     assert words(commands) == [
+        "transaction add drive-vda new, add drive-vdb new",
         "blockdev-add 0-gate",
         "blockdev-add 1-gate",
         "qom-set vda on 0-gate",
@@ -68,12 +76,35 @@ def test_devices_are_put_on_gates_before_any_filter_is_there() -> None:
         "blockdev-add 0-cbw",
         "blockdev-add 1-cbw",
     ]
-    assert commands[0].arguments == {"driver": "raw", "node-name": names(0).gate, "file": "drive-vda"}
-    assert commands[4:] == insertion(filters, cbw_timeout_seconds=7)[:2]
+    assert commands[1].arguments == {"driver": "raw", "node-name": names(0).gate, "file": "drive-vda"}
+    assert commands[5:] == insertion(filters, cbw_timeout_seconds=7)[1:3]
+
+
+def test_an_incremental_ends_the_old_bitmap_while_the_guest_is_paused_and_copies_only_what_is_in_it() -> None:
+    commands = insertion([fleeced(0, "vda", OLD), fleeced(1, "vdb")], cbw_timeout_seconds=7)
+    assert words(commands) == [
+        "transaction add drive-vda new, add drive-vdb new, disable drive-vda old",
+        "blockdev-add 0-cbw",
+        "blockdev-add 1-cbw",
+        "qom-set vda on 0-cbw",
+        "qom-set vdb on 1-cbw",
+        "blockdev-add 0-snap",
+        "blockdev-add 1-snap",
+        "transaction add 0-snap changed, merge 0-snap changed",
+    ]
+    assert commands[1].arguments["bitmap"] == {"node": "drive-vda", "name": OLD}
+    assert "bitmap" not in commands[2].arguments
+
+
+def test_a_guest_that_runs_keeps_its_old_bitmap_until_the_filters_are_in() -> None:
+    commands = preparation([fleeced(0, "vda", OLD)], cbw_timeout_seconds=7)
+    assert words(commands)[0] == "transaction add drive-vda new"
+    assert not any("disable" in word for word in words(commands))
+    assert "bitmap" not in commands[-1].arguments
 
 
 def test_a_filter_breaks_the_backup_never_the_guest() -> None:
-    cbw, drive, snapshot = insertion([fleeced(3, "vda")], cbw_timeout_seconds=7)
+    _, cbw, drive, snapshot = insertion([fleeced(3, "vda")], cbw_timeout_seconds=7)
     assert cbw.arguments == {
         "driver": "copy-before-write",
         "node-name": f"vmf-{RUN}-3-cbw",
@@ -96,7 +127,7 @@ def test_a_filter_breaks_the_backup_never_the_guest() -> None:
 
 
 def test_old_data_goes_to_the_target_without_fleecing() -> None:
-    (cbw, *_) = insertion([Filter(disk("vda"), names(), names().target)], cbw_timeout_seconds=1)
+    (_, cbw, *_) = insertion([Filter(disk("vda"), names(), names().target, NEW)], cbw_timeout_seconds=1)
     assert cbw.arguments["target"] == names().target
 
 
