@@ -376,6 +376,7 @@ class Admission(RuleBasedStateMachine):
         self.ledger = self.connect()
         self.runs = 0
         self.acts: set[asyncio.Task[Any]] = set()
+        self.leaving: set[str] = set()
         self.in_use: dict[str, dict[str, Grant]] = {}
 
     @initialize()
@@ -413,21 +414,27 @@ class Admission(RuleBasedStateMachine):
     def ask_for_one_disk(self, storage: str, mib: int, turns: int | None) -> None:
         self.ask({"d0": Grant(storage, mib * MIB)}, 1, "main", turns)
 
-    @precondition(lambda self: self.bench.leases)
+    @precondition(lambda self: self.running)
     @rule(data=st.data(), in_use=st.booleans(), turns=turns)
     def end(self, data: st.DataObject, in_use: bool, turns: int | None) -> None:
         """A run ends; `in_use`: a QEMU may still use its images."""
-        run = data.draw(st.sampled_from(sorted(self.bench.leases)))
+        run = data.draw(st.sampled_from(self.running))
+        self.leaving.add(run)
         lease = self.bench.leases[run]
         lease.stranded = in_use
         if in_use and not self.acts:
             self.in_use[run] = dict(lease.grants)
         self.play(turns, lambda: self.bench.tell_to_end(run))
 
+    @property
+    def running(self) -> list[str]:
+        return sorted(self.bench.leases.keys() - self.leaving)
+
     @precondition(lambda self: self.alive)
     @rule(data=st.data(), turns=turns)
     def cancel(self, data: st.DataObject, turns: int | None) -> None:
         run = data.draw(st.sampled_from(self.alive))
+        self.leaving.add(run)
         self.play(turns, self.bench.tasks[run].cancel)
 
     @property
@@ -443,7 +450,7 @@ class Admission(RuleBasedStateMachine):
 
     @property
     def holders(self) -> list[str]:
-        return sorted(run for run, lease in self.bench.leases.items() if lease.grants and run not in self.in_use)
+        return [run for run in self.running if self.bench.leases[run].grants]
 
     async def _change(self, lease: Lease, disk: str, what: str, size_bytes: int) -> None:
         controller = self.bench.controller
