@@ -22,8 +22,8 @@ from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, Vmfl
 Command = Callable[[config.Config, argparse.Namespace], Coroutine[Any, Any, int]]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-QUIET = {"backup": "critical", "job": "critical"}
-"""Their output says how each run ended; other commands show warnings, such as of an unreadable snapshot."""
+QUIET = {"backup": "critical", "job": "critical", "status": "critical"}
+"""Their output says it all; other commands show warnings, such as of an unreadable snapshot."""
 
 SNAPSHOT_COMMANDS: dict[str, Command] = {
     "list": snapshot.list_snapshots,
