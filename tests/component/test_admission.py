@@ -349,7 +349,7 @@ async def test_past_runs_tell_how_much_is_granted_first(make: Make, before: list
 
 async def test_after_a_job_retention_is_applied_to_the_vms_that_succeeded(make: Make) -> None:
     world = make(disks={"vda": MIB})
-    async with opened(world, more='prune_backups = "keep-last=2"') as one:
+    async with opened(world, more='prune_backups = "keep-last=2"\nfull_every = 1') as one:
         for _ in range(4):
             (result,) = await one.run_job("nightly")
             assert result.error is None, result.error

@@ -376,6 +376,7 @@ class Admission(RuleBasedStateMachine):
         self.ledger = self.connect()
         self.runs = 0
         self.acts: set[asyncio.Task[Any]] = set()
+        self.errors: list[BaseException] = []
         self.leaving: set[str] = set()
         self.in_use: dict[str, dict[str, Grant]] = {}
 
@@ -473,6 +474,11 @@ class Admission(RuleBasedStateMachine):
         with contextlib.suppress(StateError):
             await work
 
+    @precondition(lambda self: self.acts)
+    @rule(turns=turns)
+    def interrupt(self, turns: int | None) -> None:
+        self.play(turns, lambda: [task.cancel() for task in self.acts])
+
     @rule(turns=turns)
     def look(self, turns: int | None) -> None:
         self.play(turns, lambda: self.act(self._unless_refused(self.bench.look())))
@@ -518,11 +524,12 @@ class Admission(RuleBasedStateMachine):
 
     def _acted(self, task: "asyncio.Task[Any]") -> None:
         self.acts.remove(task)
-        task.result()
+        if not task.cancelled() and (error := task.exception()):
+            self.errors.append(error)
 
     async def _end(self) -> None:
         await self.bench.end_all()
-        await asyncio.gather(*self.acts)
+        await asyncio.gather(*self.acts, return_exceptions=True)
         self.serving.cancel()
         await asyncio.wait([self.serving])
         await self.bench.desk.ledger.close()
@@ -533,6 +540,10 @@ class Admission(RuleBasedStateMachine):
     def quiet(self) -> bool:
         ends = any(ends.is_set() for run, ends in self.bench._ends.items() if not self.bench.tasks[run].done())
         return not (self.bench.desk.under_way or self.acts or ends or self.bench.controller._turn.locked())
+
+    @invariant()
+    def nothing_fails(self) -> None:
+        assert self.errors == []
 
     @invariant()
     def no_quota_is_exceeded(self) -> None:
@@ -574,7 +585,7 @@ class Admission(RuleBasedStateMachine):
     async def _finish(self) -> None:
         accounts, controller = self.bench.controller.accounts, self.bench.controller
         await self.bench.end_all()
-        await asyncio.gather(*self.acts)
+        await asyncio.gather(*self.acts, return_exceptions=True)
         self.bench.desk.fail("give_back", times=0)
         for run in ("theirs 1", "theirs 2"):
             await self.ledger.give_back(run)
@@ -788,6 +799,29 @@ async def test_growing_and_giving_back_are_finished_when_their_run_is_cancelled(
         assert task.cancelled()
         assert lease.grants == after
         assert await held(made.desk.ledger) == {"a": after}
+
+
+@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize("order", [("grow", "release"), ("release", "grow")])
+async def test_growing_and_giving_back_at_once_grants_nothing_again(
+    any_bench: Make, order: Sequence[str], done: bool
+) -> None:
+    made = any_bench()
+    await made.ask("a", on("fast", 10, 20))
+    lease = made.leases["a"]
+    made.desk.keep_waiting(done=done)
+    acts = {
+        "grow": lambda: made.controller.grow(lease, "fast1", 30 * MIB),
+        "release": lambda: made.controller.release(lease, "fast1"),
+    }
+    tasks = []
+    for name in order:
+        tasks.append(asyncio.ensure_future(acts[name]()))
+        await made.settled()
+    made.desk.go_on()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert lease.grants == on("fast", 10)
+    assert await held(made.desk.ledger) == {"a": on("fast", 10)}
 
 
 # --- growth ---
