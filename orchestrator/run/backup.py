@@ -157,6 +157,7 @@ class _Run:
         self._undo = aio.UndoStack()
         self._pauser: Pauser | None = None
         self._lost: dict[str, str] = {}
+        self._gone = False
         self._phase = Phase.QUEUED
 
     async def execute(self, started: datetime) -> None:
@@ -246,7 +247,7 @@ class _Run:
 
     async def _back_up(self, monitor: Monitor, lease: Lease, planned: Plan, started: datetime) -> None:
         self._enter(Phase.PREPARING)
-        self._undo.push("settle the bitmaps", lambda: self._settle_bitmaps(monitor))
+        self._undo.push("settle the bitmaps", lambda: self._settle_what_is_left(monitor))
         draft = await self._target.begin(self._vm.name, started)
         self._undo.push("remove the unfinished snapshot", draft.abort)
         self._undo.push(TAKE_OUT, lambda: self._dismantle(monitor))
@@ -413,10 +414,17 @@ class _Run:
             await monitor.reconnect(deadline_seconds=UNDO_RECONNECT_SECONDS)
         except NobodyThere as error:
             log.warning("vm.gone", error=str(error))
+            self._gone = True
             return
         if self._pauser is not None:
             await self._pauser.make_good()
         await graph.dismantle(monitor, run_prefix(self._run), self._pauser)
+
+    async def _settle_what_is_left(self, monitor: Monitor) -> None:
+        """The undo of the bitmaps. Those of a QEMU that is gone are settled when the VM is backed up again."""
+        if not self._gone:
+            await monitor.reconnect(deadline_seconds=UNDO_RECONNECT_SECONDS)
+            await self._settle_bitmaps(monitor)
 
     def _waiting(self, waiting: Waiting) -> None:
         log.info("run.queued", reasons=list(waiting.reasons), obstacles=[asdict(one) for one in waiting.obstacles])

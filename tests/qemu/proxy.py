@@ -10,7 +10,7 @@ import socket
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 READ_BYTES = 1 << 16
 DESCRIPTORS_MAX = 8
@@ -112,10 +112,16 @@ class Proxy:
             while message := _first_message(unsent):
                 qemu.sendall(message)
                 unsent = unsent[len(message) :]
-                if self._cut_after is not None and json.loads(message).get("execute") == self._cut_after:
+                if self._cut_after is not None and self._cut_after in _names(json.loads(message)):
                     self._cut_after = None
                     self.cut()
                     return
+
+
+def _names(message: dict[str, Any]) -> list[str]:
+    """The command, and what is done in it if it is a transaction."""
+    actions = message.get("arguments", {}).get("actions", [])
+    return [message.get("execute", ""), *(action["type"] for action in actions)]
 
 
 def _answers(qemu: socket.socket, client: socket.socket) -> None:

@@ -1092,8 +1092,12 @@ async def test_the_last_that_occupies_anything_gives_way_below_the_floor_and_one
             "storage fast: 9.0 MiB free on its file system, less than its min_free (10.0 MiB);"
             " this run came last in order and gave way"
         )
+        idle = made.leases["idle"].files["fast0"]
+        assert isinstance(idle, MemoryFile)
+        idle.used = 5 * MIB
         await looked(made)
-        assert giving_way(made) == ["last"]
+        assert giving_way(made) == ["last"], "the other one has to wait until it ended"
+        idle.used = MIB - 1
         await made.end("last")
         await until(lambda: giving_way(made) == ["first"])
         await made.end("first")

@@ -683,6 +683,20 @@ def test_bytes_in_use_are_told(changes: dict[str, object], text: str) -> None:
             id="bytes",
         ),
         pytest.param(
+            {HOST: 3},
+            {"granted_bytes": 9 * GIB},
+            [FOUR_GIB, request("b", target="other", fast=2 * GIB), request("c", target="other", slow=1)],
+            ["host: 2 of 3 runs under way, 1 kept for those that came first"],
+            id="no more slots than there are",
+        ),
+        pytest.param(
+            {},
+            {"granted_bytes": 7 * GIB},
+            [FOUR_GIB, request("b", target="other", fast=5 * GIB), request("c", target="third", fast=GIB)],
+            ["storage fast: 1.0 GiB wanted, 3.0 GiB free of 10.0 GiB, 9.0 GiB kept for those that came first"],
+            id="the bytes of all that came first",
+        ),
+        pytest.param(
             {MAIN: 1},
             {"granted_bytes": 9 * GIB, "unmet_bytes": GIB},
             [request("a", slow=8 * GIB, fast=GIB), request("b", slow=3 * GIB)],
