@@ -168,7 +168,9 @@ async def direct_backup(opened: engine.Engine) -> None:
 
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DIRECT_SECONDS):
-            result = await opened.back_up("demo", RunOptions("slow", Fleecing(enabled=False)), on_progress=silent)
+            result = await opened.back_up(
+                "demo", RunOptions("slow", Fleecing(enabled=False), full=True), on_progress=silent
+            )
             if result.error is not None:
                 say(f"   it failed: {result.error.message}")
             for line in result_lines(result):

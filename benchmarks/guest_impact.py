@@ -102,7 +102,7 @@ async def slow() -> None:
 
 def options(*, fleecing: bool) -> RunOptions:
     """A backup to the slow target."""
-    return RunOptions("slow", Fleecing(storage="local") if fleecing else Fleecing(enabled=False))
+    return RunOptions("slow", Fleecing(storage="local") if fleecing else Fleecing(enabled=False), full=True)
 
 
 @contextlib.contextmanager
