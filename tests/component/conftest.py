@@ -1,7 +1,7 @@
 """Fixtures of the component tests: a VM in a fake QEMU, and clocks that do not keep tests waiting."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -23,11 +23,14 @@ def _only_bugs(_logger: object, _method: str, event: structlog.typing.EventDict)
 
 
 @pytest.fixture(autouse=True)
-def _quiet_logs() -> None:
+def _quiet_logs() -> Iterator[None]:
+    before = structlog.get_config()
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger("error"),
         processors=[_only_bugs, structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()],
     )
+    yield
+    structlog.configure(**before)
 
 
 @pytest.fixture(autouse=True)

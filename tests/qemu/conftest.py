@@ -84,7 +84,11 @@ def log_lines() -> Iterator[list[EventDict]]:
     """What the product in this process logs meanwhile, with the names that a run binds."""
     before = structlog.get_config()
     captured = LogCapture()
-    structlog.configure(processors=[structlog.contextvars.merge_contextvars, captured])
+    # Whatever level other tests have left behind.
+    structlog.configure(
+        processors=[structlog.contextvars.merge_contextvars, captured],
+        wrapper_class=structlog.make_filtering_bound_logger("info"),
+    )
     yield captured.entries
     structlog.configure(**before)
 
