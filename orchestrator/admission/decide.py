@@ -8,6 +8,7 @@ not grow when one of them starts, gives back or ends; so what was enough once st
 """
 
 import heapq
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -207,9 +208,10 @@ class _Room:
 
     def delays_nobody(self, request: Request, lane: Lane, rank: Rank) -> bool:
         """Whether enough remains for all that are ahead, once a request for which it suffices runs."""
-        return not any(
-            self._kept_bytes(storage, rank, self._free_bytes[storage] - wanted_bytes)
+        return all(
+            self._kept_bytes(storage, rank, left_bytes) <= left_bytes
             for storage, wanted_bytes in request.grants.items()
+            for left_bytes in (self._free_bytes[storage] - wanted_bytes,)
         ) and not any(self._kept_slots(slot, rank, self._free_slots[slot]) for slot in lane.slots)
 
     def obstacles(self, request: Request) -> tuple[Obstacle, ...]:
@@ -232,7 +234,7 @@ class _Room:
         found += [
             self._bytes_obstacle(name, wanted_bytes, kept)
             for name, wanted_bytes in request.grants.items()
-            if (kept := self._kept_bytes(name, rank, self._free_bytes[name] - wanted_bytes))
+            if (kept := self._kept_bytes(name, rank)) > self._free_bytes[name] - wanted_bytes
         ]
         return tuple(found)
 
@@ -255,7 +257,7 @@ class _Room:
         )
 
     def _kept_slots(self, slot: Slot, rank: Rank, free: int) -> int:
-        """How many more of a slot those that are ahead could have at once, if that leaves none of `free`; else 0.
+        """How many of the `free` ones of a slot those that are ahead could have at once, if that is all; else 0.
 
         Of those that are counted by another slot, such as their storage's, no more can run at once than that one
         allows, together with the runs under way that use both, since only these give back both when they end.
@@ -270,11 +272,11 @@ class _Room:
                 kept_by[other] += count
             kept += count
             if kept >= free:
-                return kept
+                return free
         return 0
 
-    def _kept_bytes(self, storage: str, rank: Rank, free_bytes: int) -> int:
-        """What those ahead could get of a storage beyond what their lines hold, if more than is free; else 0.
+    def _kept_bytes(self, storage: str, rank: Rank, enough_bytes: float = math.inf) -> int:
+        """What those ahead could get of a storage beyond what their lines hold; counted until that is enough.
 
         Of a line, no more can run at once than its slots allow. It may be its largest ones, and a run under way
         may make room for a larger one.
@@ -287,10 +289,10 @@ class _Room:
             least_bytes = kept_bytes
             for _, request in islice(lane.entries, start, min(end, start + max(0, at_once - len(held)))):
                 least_bytes += request.grants[storage]
-                if least_bytes > free_bytes:
+                if least_bytes > enough_bytes:
                     return least_bytes
             sizes = [request.grants[storage] for _, request in islice(lane.entries, start, end)]
             kept_bytes += sum(heapq.nlargest(at_once, sizes + held)) - sum(held)
-            if kept_bytes > free_bytes:
+            if kept_bytes > enough_bytes:
                 return kept_bytes
-        return 0
+        return kept_bytes

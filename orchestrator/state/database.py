@@ -3,6 +3,7 @@
 import contextlib
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +12,24 @@ from orchestrator.errors import StateError
 BUSY_SECONDS = 10.0
 
 
+def _use_wal(connection: sqlite3.Connection) -> None:
+    """Where several open a new file at once, SQLite refuses some without waiting (sqlite3PagerSharedLock)."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return
+
+
 class Database:
     """One file. Its methods block; threads take turns.
 
+    `schema` may be run more than once, by those who open a new file at the same time.
     `lost` is what is lost with the file if somebody moves it away, for the message about a damaged one.
     `stays_open`: for a file that is written often, since closing it costs another write to the disk.
     """
@@ -61,7 +77,7 @@ class Database:
             self._path, isolation_level=None, check_same_thread=False, timeout=BUSY_SECONDS
         )
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
+            _use_wal(connection)
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
             found = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -71,8 +87,10 @@ class Database:
                     hint="use that one; an older vmfleece would damage it",
                     code="state-unusable",
                 )
-            connection.executescript(self._schema)
-            connection.execute(f"PRAGMA user_version = {self._version}")
+            if found < self._version:
+                connection.executescript(
+                    f"BEGIN IMMEDIATE; {self._schema}; PRAGMA user_version = {self._version}; COMMIT"
+                )
         except BaseException:
             connection.close()
             raise

@@ -177,8 +177,8 @@ def open_descriptors() -> list[str]:
 
 
 async def settled(is_so: Callable[[], bool]) -> None:
-    """Give what ends in the background (threads, closing handles, jobs) a moment."""
-    for _ in range(2000):
+    """Give what ends in the background (threads, closing handles, jobs) time: a probe waits 10 s for its space."""
+    for _ in range(6000):
         if is_so():
             return
         await asyncio.sleep(0.005)

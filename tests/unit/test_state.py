@@ -1,11 +1,15 @@
 """What is remembered between processes, and who owns it."""
 
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
@@ -17,6 +21,7 @@ from orchestrator.errors import EXIT_LOCKED, StateError
 from orchestrator.model import ErrorReport, Kind, Outcome, RunResult
 from orchestrator.state import lock
 from orchestrator.state.catalogue import Catalogue
+from orchestrator.state.database import Database
 
 ROOT = Path(__file__).parents[2]
 STARTED = datetime(2026, 11, 22, 2, 30, tzinfo=UTC)
@@ -177,3 +182,20 @@ def test_a_damaged_file_is_named(
 def test_no_catalogue_can_be_made_where_there_is_no_folder(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="unable to open"):
         Catalogue(tmp_path / "absent")
+
+
+def test_many_may_open_a_new_file_at_once(tmp_path: Path) -> None:
+    def enter(path: Path) -> None:
+        file = Database(path, schema, version=1, lost="", stays_open=False)
+        ready.wait()
+        with file.transaction() as connection:
+            connection.execute("INSERT INTO entered VALUES (1)")
+
+    schema = "CREATE TABLE IF NOT EXISTS entered (at INTEGER)"
+    ready = threading.Barrier(8)
+    with ThreadPoolExecutor(8) as threads:
+        for at in range(40):  # without waiting, one of about fifty was refused
+            path = tmp_path / f"{at}.sqlite"
+            list(threads.map(enter, [path] * 8))
+            with contextlib.closing(sqlite3.connect(path)) as connection:
+                assert connection.execute("SELECT COUNT(*) FROM entered").fetchone() == (8,)
