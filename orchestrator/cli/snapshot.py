@@ -62,6 +62,8 @@ async def show(config: Config, arguments: argparse.Namespace) -> int:
         sizes = (format_size(disk.size_bytes), format_size(disk.stored_bytes))
         table.add_row(disk.disk, *sizes, disk.parent or "-", disk.sha256)
     render.print_table(table)
+    if snapshot.parents:
+        render.print_line("SHA-256 of a disk that is based on another snapshot: of its image, not of its content")
     return EXIT_OK
 
 

@@ -1,5 +1,7 @@
 """Giving a snapshot's disks back, checked against the hashes that were taken when it was made.
 
+The target checks what it reads and says what its content must be; what was written is read back and held
+against that.
 A file is written under a `.partial` name, hashed, made durable and renamed: what has the final name is right.
 A block device is written in place, and read back.
 """
@@ -27,7 +29,7 @@ NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """A disk that was given back and is right."""
+    """A disk that was given back and is right. `sha256` is of its content, whatever the snapshot builds on."""
 
     disk: str
     path: Path
@@ -55,12 +57,13 @@ async def restore(
     try:
         if device:
             await _check_fits(wanted.size_bytes, to)
-        await target.extract(snapshot, disk, to=written, image_format=image_format)
+        content = await target.extract(snapshot, disk, to=written, image_format=image_format)
         digest = await tools.sha256(written, image_format, size_bytes=wanted.size_bytes if device else None)
-        if digest != wanted.sha256:
+        if digest != content:
             raise TargetError(
-                f"disk {disk} of {snapshot.id} was restored wrong: SHA-256 {digest} instead of {wanted.sha256}",
-                hint="the snapshot is damaged on its target: restore another one",
+                f"disk {disk} of {snapshot.id} was restored wrong: SHA-256 {digest} instead of {content}",
+                hint="its image on the target is damaged, or what was written to: restore another snapshot,"
+                " or to another disk",
                 code="content-wrong",
             )
         try:

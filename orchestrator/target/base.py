@@ -12,8 +12,8 @@ What an implementation promises:
 - after `abort` nothing of the draft is left or listed; `commit` and `abort` may both be called again;
 - what a dead process left half-written or half-removed is never listed, and is removed by a later `begin` or
   `remove` for the same VM;
-- what a snapshot or a draft builds on cannot be removed, nor what is protected, whatever other processes on this
-  host do at the same time.
+- what a snapshot or a draft builds on cannot be removed, nor what is protected or being extracted, whatever other
+  processes on this host do at the same time.
 Errors are TargetError. Cancelling any of it leaves a draft that `abort` removes; a removal or protection that has
 begun is finished first.
 """
@@ -38,9 +38,11 @@ _PRECISIONS = {0: timedelta(days=1), 2: timedelta(hours=1), 4: timedelta(minutes
 
 @dataclass(frozen=True, slots=True)
 class SnapshotDisk:
-    """One disk of a snapshot. `sha256` is of its whole content, as `sha256sum` prints for the raw disk.
+    """One disk of a snapshot. `parent` is the snapshot whose image of it its own builds on; None: it stands alone.
 
-    `parent` is the snapshot whose image of the disk its own builds on; None: it stands alone.
+    `sha256` of one that stands alone is that of its whole content, as `sha256sum` prints it for the raw disk. Of
+    one with a parent it is that of its image as the target stores it, which is never changed while it has one: so
+    sealing takes as long as what was written is large, and who reads a disk checks each image that it builds on.
     """
 
     disk: str
@@ -112,7 +114,10 @@ class Draft(abc.ABC):
 
     @abc.abstractmethod
     async def seal(self, disk: Disk) -> SnapshotDisk:
-        """Make a completely written disk durable and read back its hash; QEMU must have closed it."""
+        """Make a completely written disk durable and read back its hash; QEMU must have closed it.
+
+        What the hash is of: `SnapshotDisk`. Without a parent it takes as long as reading the whole disk.
+        """
 
     @abc.abstractmethod
     async def commit(self, details: dict[str, Any]) -> Snapshot:
@@ -142,8 +147,13 @@ class Target(abc.ABC):
         """What is listed, by VM and then oldest first."""
 
     @abc.abstractmethod
-    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> None:
-        """Write a disk's content into the file or block device at `to`, as `raw` or `qcow2`."""
+    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> str:
+        """Write a disk's content into the file or block device at `to`, as `raw` or `qcow2`; return its SHA-256.
+
+        That is what the content must be: hold what was written against it. All that the disk builds on is checked,
+        and not changed or removed meanwhile. TargetError's code is "content-wrong" if some of that is damaged or
+        gone, and it names the snapshot; "no-snapshot" if the snapshot itself is gone.
+        """
 
     @abc.abstractmethod
     async def remove(self, snapshot: Snapshot) -> None:

@@ -39,7 +39,7 @@ class FakeTarget(Target):
     async def snapshots(self, vm: str | None = None) -> list[Snapshot]:
         return [snapshot for snapshot in self.listed if vm in (None, snapshot.vm)]
 
-    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> None:
+    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> str:
         raise NotImplementedError
 
     async def remove(self, snapshot: Snapshot) -> None:
@@ -104,8 +104,10 @@ class FakeDraft(Draft):
         content = os.pread(descriptor, disk.size_bytes, 0)
         os.close(descriptor)
         self._target.contents[self.snapshot_id, disk.id] = content
-        digest = hashlib.sha256(content).hexdigest()
-        self._sealed[disk.id] = SnapshotDisk(disk.id, disk.size_bytes, digest, len(content), self.parents[disk.id])
+        parent = self.parents[disk.id]
+        # What it stores of one that builds on another is not its content alone.
+        digest = hashlib.sha256(content + str(parent or "").encode()).hexdigest()
+        self._sealed[disk.id] = SnapshotDisk(disk.id, disk.size_bytes, digest, len(content), parent)
         return self._sealed[disk.id]
 
     async def commit(self, details: dict[str, Any]) -> Snapshot:

@@ -322,7 +322,9 @@ def test_the_list_shows_what_a_snapshot_is_based_on(run: Run, root: Path) -> Non
     make(root, night(1), night(2, parent=night(1)))
     rows = [[cell.strip() for cell in row] for row in table(run("snapshot", "list"))]
     assert [row[2:4] for row in rows] == [["full", "-"], ["incremental", "20261101T123000Z"]]
-    assert night(1).id in run("snapshot", "show", night(2).id).stdout
+    shown = [run("snapshot", "show", night(day).id).stdout for day in (1, 2)]
+    assert [night(1).id in text for text in shown] == [True, True]
+    assert ["of its image, not of its content" in text for text in shown] == [False, True]
     listed = json.loads(run("snapshot", "list", "--json").stdout)["snapshots"]
     assert [one["disks"][0]["parent"] for one in listed] == [None, night(1).id]
 

@@ -2,20 +2,24 @@
 
 import asyncio
 import errno
+import hashlib
+import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_target import MIB, content, disk, filled
+from test_target import CLUSTER, MIB, changed_chain, content, disk, filled
 
 from orchestrator.errors import TargetError, ToolError
+from orchestrator.model import Compression
 from orchestrator.qemu import tools
 from orchestrator.run.restore import restore
 from orchestrator.target.base import Snapshot
+from orchestrator.target.images import qcow2
 from orchestrator.target.images.target import ImagesTarget
 
 SIZE = MIB + 512
@@ -81,6 +85,152 @@ async def test_wrong_content_is_not_given_back(
     assert wrong.value.code == "content-wrong"
     assert snapshot.disk("vda").sha256 in wrong.value.message
     assert names(out) == []
+
+
+# --- chains ---
+
+CHAIN_BYTES = 3 * MIB
+BASE, MIDDLE, LAST = 0, 1, 2
+
+
+@pytest.fixture(params=[Compression.NONE, Compression.ZSTD], ids=["plain", "zstd"])
+async def points(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[ImagesTarget, list[Snapshot], bytes]:
+    """A target with a full snapshot and two that build on it, and what is in the last one."""
+    made = ImagesTarget("main", tmp_path / "backup", compression=request.param)
+    await made.prepare()
+    changes = [{0: b"\1" * CLUSTER, 2: bytes(CLUSTER)}, {47: b"\2" * CLUSTER}]
+    chain = await changed_chain(made, CHAIN_BYTES, changes)
+    return made, [snapshot for snapshot, _ in chain], chain[-1][1]
+
+
+Points = tuple[ImagesTarget, list[Snapshot], bytes]
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+async def test_a_chain_is_restored_and_checked(points: Points, out: Path, image_format: str) -> None:
+    target, snapshots, data = points
+    to = out / "vda.img"
+    restored = await restore(target, snapshots[LAST], "vda", to=to, image_format=image_format)
+    assert restored.sha256 == hashlib.sha256(data).hexdigest() == await tools.sha256(to, image_format)
+    assert names(out) == ["vda.img"]
+
+
+def flip(path: Path, at: int) -> None:
+    with path.open("r+b") as file:
+        (byte,) = os.pread(file.fileno(), 1, at)
+        os.pwrite(file.fileno(), bytes([byte ^ 1]), at)
+
+
+def first_data(image: Path) -> int:
+    """Where the image's first data cluster is in its file."""
+    argv = ["qemu-img", "map", "-U", "--output=json", "-f", "qcow2", image]
+    pieces = json.loads(subprocess.check_output(argv))
+    return int(next(piece["offset"] for piece in pieces if piece["depth"] == 0 and piece.get("offset")))
+
+
+def hole(image: Path) -> int:
+    """Where there is nothing in the file: QEMU leaves most of the refcount table's cluster empty."""
+    with image.open("rb") as file:
+        found = os.lseek(file.fileno(), 0, os.SEEK_HOLE)
+    assert found < image.stat().st_size
+    return found
+
+
+def link_elsewhere(image: Path) -> None:
+    """Another backing file's name of the same length, in the header."""
+    data = image.read_bytes()
+    name = qcow2.backing_name(image).encode()
+    image.write_bytes(data.replace(name, name.replace(b"3000Z", b"3001Z"), 1))
+
+
+HARMS: dict[str, Callable[[Path], None]] = {
+    "a data byte": lambda image: flip(image, first_data(image) + 77),
+    "a byte in a hole": lambda image: flip(image, hole(image)),
+    "the last byte": lambda image: flip(image, image.stat().st_size - 1),
+    "cut": lambda image: os.truncate(image, image.stat().st_size - CLUSTER),
+    "cut to nothing": lambda image: os.truncate(image, 0),
+    "longer": lambda image: os.truncate(image, image.stat().st_size + 1),
+    "gone": Path.unlink,
+    "linked elsewhere": link_elsewhere,
+}
+
+
+@pytest.mark.parametrize(
+    ("number", "harm"),
+    [
+        *((BASE, harm) for harm in ("cut to nothing", "gone")),
+        *((number, harm) for number in (MIDDLE, LAST) for harm in HARMS),
+    ],
+)
+async def test_a_damaged_image_of_a_chain_is_named(points: Points, out: Path, number: int, harm: str) -> None:
+    target, snapshots, _ = points
+    image = target.path / snapshots[number].id / "vda.qcow2"
+    await asyncio.to_thread(HARMS[harm], image)
+    for damaged in snapshots[number:]:
+        if damaged.disk("vda").parent is None:
+            continue
+        with pytest.raises(TargetError, match="is damaged: ") as wrong:
+            await restore(target, damaged, "vda", to=out / "vda.img", image_format="raw")
+        assert wrong.value.code == "content-wrong"
+        assert wrong.value.message.startswith(
+            f"the image of disk vda in snapshot {snapshots[number].id} is damaged: "
+        )
+        assert "restore one that does not build on it" in wrong.value.hint
+        assert names(out) == []
+    for whole in snapshots[:number]:
+        await restore(target, whole, "vda", to=out / "vda.img", image_format="raw")
+        (out / "vda.img").unlink()
+
+
+async def test_a_flipped_bit_in_the_base_is_found_through_the_chain(target: ImagesTarget, out: Path) -> None:
+    """In a cluster that the later ones have overwritten, too: another snapshot may need it."""
+    (base, _), (last, _) = await changed_chain(target, CHAIN_BYTES, [{0: b"\1" * CLUSTER}])
+    await asyncio.to_thread(damage, target, base)
+    for image_format in ("raw", "qcow2"):
+        with pytest.raises(TargetError, match=f"in snapshot {base.id} is damaged: SHA-256") as wrong:
+            await restore(target, last, "vda", to=out / "vda.img", image_format=image_format)
+        assert wrong.value.code == "content-wrong"
+        assert names(out) == []
+
+
+async def test_a_manifest_that_names_another_parent_is_found(points: Points, out: Path) -> None:
+    target, snapshots, _ = points
+    path = target.path / snapshots[LAST].id / "manifest.json"
+    document = json.loads(path.read_text())
+    document["disks"][0]["parent"] = snapshots[BASE].id
+    path.write_text(json.dumps(document))
+    with pytest.raises(
+        TargetError, match=f"it builds on .*{snapshots[MIDDLE].id[6:]}.*, and its manifest"
+    ) as wrong:
+        await restore(target, snapshots[LAST], "vda", to=out / "vda.img", image_format="raw")
+    assert wrong.value.code == "content-wrong"
+    assert names(out) == []
+
+
+async def test_what_was_written_wrong_is_not_given_back_though_the_chain_is_right(
+    points: Points, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, snapshots, _ = points
+    real = tools.convert
+
+    async def badly(source: Path, source_format: str, to: Path, to_format: str, *, into_existing: bool) -> None:
+        await real(source, source_format, to, to_format, into_existing=into_existing)
+        flip(to, 5 * CLUSTER)
+
+    monkeypatch.setattr(tools, "convert", badly)
+    with pytest.raises(TargetError, match="was restored wrong") as wrong:
+        await restore(target, snapshots[LAST], "vda", to=out / "vda.img", image_format="raw")
+    assert wrong.value.code == "content-wrong"
+    assert names(out) == []
+
+
+async def test_what_cannot_be_written_is_not_called_damaged(points: Points, out: Path) -> None:
+    target, snapshots, _ = points
+    with pytest.raises(ToolError, match="qemu-img convert failed"):
+        await target.extract(snapshots[LAST], "vda", to=out / "absent" / "vda.img", image_format="raw")
+
+
+# --- files ---
 
 
 async def test_an_existing_file_is_left_alone(target: ImagesTarget, snapshot: Snapshot, out: Path) -> None:

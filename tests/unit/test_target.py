@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -34,6 +34,7 @@ from orchestrator import aio
 from orchestrator.errors import TargetError
 from orchestrator.model import Compression, Disk
 from orchestrator.target.base import Draft, Sink, Snapshot, Target, find
+from orchestrator.target.images import chain as chain_module
 from orchestrator.target.images import manifest, removal
 from orchestrator.target.images import target as images_module
 from orchestrator.target.images.target import ImagesTarget
@@ -78,6 +79,36 @@ def _in_memory(data: bytes) -> int:
     os.write(descriptor, data)
     os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor
+
+
+async def write_changes(sink: Sink, changes: dict[int, bytes]) -> None:
+    """Play QEMU's part in an incremental backup: write what changed, by cluster, without opening the parent."""
+    writes = []
+    for cluster, data in changes.items():
+        how = "-z" if not any(data) else f"-P {data[0]}"
+        writes += ["-c", f"write -q {how} {cluster * CLUSTER} {len(data)}"]
+    image = {"driver": "file", "filename": f"/dev/fd/{sink.descriptor}"}
+    options = "json:" + json.dumps({"driver": "qcow2", "backing": None, "file": image})
+    if writes:
+        finished = await aio.run_process(["qemu-io", options, *writes], pass_fds=[sink.descriptor])
+        assert finished.returncode == 0, finished
+
+
+async def changed_chain(
+    target: Target, size_bytes: int, changes: Sequence[dict[int, bytes]]
+) -> list[tuple[Snapshot, bytes]]:
+    """A full snapshot and incremental ones, each an hour later, and what is in each of them."""
+    now = bytearray(content(size_bytes, 0))
+    points = [(await snapshot(target, disk(size_bytes=size_bytes)), bytes(now))]
+    for hours, changed in enumerate(changes, start=1):
+        draft = await target.begin("web01", STARTED + timedelta(hours=hours))
+        sink = await draft.add_disk(disk(size_bytes=size_bytes), compressible=True, parent=points[-1][0].id)
+        await write_changes(sink, changed)
+        for cluster, data in changed.items():
+            now[cluster * CLUSTER : cluster * CLUSTER + len(data)] = data
+        await draft.seal(disk(size_bytes=size_bytes))
+        points.append((await draft.commit(DETAILS | {"kind": "incremental"}), bytes(now)))
+    return points
 
 
 def seen(folder: Path) -> set[str]:
@@ -187,31 +218,86 @@ def as_raw(path: Path, image_format: str) -> bytes:
 async def test_a_chain_gives_back_each_of_its_points_whole(target: Target, tmp_path: Path) -> None:
     """Of each point after the first only what changed is written, as QEMU does: without opening the parent."""
     size = 3 * MIB + 512
-    now = bytearray(content(size, 0))
-    points = [(await snapshot(target, disk(size_bytes=size)), bytes(now))]
     changes = [{0: b"\1" * CLUSTER, 2: bytes(CLUSTER)}, {47: b"\2" * CLUSTER, 48: b"\3" * 512}, {}]
-    for hours, changed in enumerate(changes, start=1):
-        parent = points[-1][0].id
-        draft = await target.begin("web01", STARTED + timedelta(hours=hours))
-        sink = await draft.add_disk(disk(size_bytes=size), compressible=True, parent=parent)
-        writes = []
-        for at, data in changed.items():
-            now[at * CLUSTER : at * CLUSTER + len(data)] = data
-            how = "-z" if not any(data) else f"-P {data[0]}"
-            writes += ["-c", f"write -q {how} {at * CLUSTER} {len(data)}"]
-        image = {"driver": "file", "filename": f"/dev/fd/{sink.descriptor}"}
-        options = "json:" + json.dumps({"driver": "qcow2", "backing": None, "file": image})
-        if writes:
-            await aio.run_process(["qemu-io", options, *writes], pass_fds=[sink.descriptor])
-        await draft.seal(disk(size_bytes=size))
-        points.append((await draft.commit(DETAILS | {"kind": "incremental"}), bytes(now)))
-        assert points[-1][0].disk("vda").parent == parent
+    points = await changed_chain(target, size, changes)
     assert await target.snapshots() == [point for point, _ in points]
+    assert [point.disk("vda").parent for point, _ in points] == [None, *(point.id for point, _ in points[:-1])]
     for number, (point, data) in enumerate(points):
         out = tmp_path / f"{number}.raw"
-        await target.extract(point, "vda", to=out, image_format="raw")
+        expected = await target.extract(point, "vda", to=out, image_format="raw")
         assert out.read_bytes() == data
-        assert point.disk("vda").sha256 == hashlib.sha256(data).hexdigest()
+        assert expected == hashlib.sha256(data).hexdigest()
+
+
+async def test_the_hash_is_of_the_content_or_of_the_image_that_builds_on_another(
+    target: Target, root: Path
+) -> None:
+    first, second, third = await changed_chain(target, MIB, [{1: b"\1" * CLUSTER}, {}])
+    assert first[0].disk("vda").sha256 == hashlib.sha256(first[1]).hexdigest()
+    for point, data in (second, third):
+        stored = (root / point.id / "vda.qcow2").read_bytes()
+        assert point.disk("vda").sha256 == hashlib.sha256(stored).hexdigest()
+        assert point.disk("vda").sha256 != hashlib.sha256(data).hexdigest()
+
+
+async def test_sealing_what_builds_on_another_does_not_read_what_that_holds(target: Target, root: Path) -> None:
+    """Else an incremental backup would take as long as a full one: the base is not even looked at."""
+    first = await snapshot(target)
+    draft = await target.begin("web01", STARTED + timedelta(hours=1))
+    sink = await draft.add_disk(disk(), compressible=True, parent=first.id)
+    await write_changes(sink, {3: b"\1" * CLUSTER})
+    (root / first.id / "vda.qcow2").unlink()
+    await draft.seal(disk())
+    await draft.commit(DETAILS | {"kind": "incremental"})
+
+
+async def test_cancelled_a_long_hash_ends_soon(tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    hashing = asyncio.create_task(chain_module.file_sha256(path))
+    await asyncio.sleep(0.1)
+    assert not hashing.done()
+    hashing.cancel()
+    async with asyncio.timeout(5):
+        with pytest.raises(asyncio.CancelledError):
+            await hashing
+    assert open_files(tmp_path) == set()
+
+
+async def test_what_is_read_is_not_removed_meanwhile(
+    target: Target, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor what it builds on: QEMU's tools open the files of a chain one after the other."""
+    points = await chain(target, 3)
+    other = await snapshot(target, started=STARTED + timedelta(hours=9))
+    refusals = []
+
+    async def removing(*_arguments: object, **_more: object) -> None:
+        refusals.extend([await refused(ImagesTarget("main", root).remove(one)) for one in reversed(points)])
+        await target.remove(other)
+
+    monkeypatch.setattr(images_module.tools, "convert", removing)
+    await target.extract(points[-1], "vda", to=tmp_path / "out", image_format="raw")
+    assert [error.code for error in refusals] == ["needed"] * 3
+    assert "a backup or a restore of web01 that is under way" in refusals[0].message
+    assert open_files(root) == set()
+    for one in reversed(points):
+        await target.remove(one)
+
+
+async def test_what_is_gone_cannot_be_extracted(target: Target, root: Path, tmp_path: Path) -> None:
+    first, second = await chain(target, 2)
+    await target.remove(second)
+    gone = await refused(target.extract(second, "vda", to=tmp_path / "out", image_format="raw"))
+    assert (gone.code, second.id in gone.message) == ("no-snapshot", True)
+    third = await (await based_on(target, first)).commit(DETAILS)
+    await asyncio.to_thread(shutil.rmtree, root / first.id)
+    broken = await refused(target.extract(third, "vda", to=tmp_path / "out", image_format="raw"))
+    assert broken.code == "content-wrong"
+    assert broken.message == f"snapshot {third.id} builds on {first.id}, which is not there"
+    assert open_files(root) == set()
+    assert not (tmp_path / "out").exists()
 
 
 async def test_a_chain_can_be_moved(tmp_path: Path) -> None:

@@ -85,3 +85,8 @@ def read(path: Path, *, target: str) -> Snapshot:
 def disk_file(disk: str) -> str:
     """The name of a disk's image in the snapshot's folder."""
     return f"{disk}.qcow2"
+
+
+def backing_name(disk: str, parent: str) -> str:
+    """What a disk's image gives as its backing file: relative, so that a VM's folder can be moved."""
+    return f"../{parent.rpartition('/')[2]}/{disk_file(disk)}"

@@ -7,13 +7,11 @@ removed and protected, and what locks there are: `removal`.
 
 import asyncio
 import contextlib
-import errno
 import fcntl
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,14 +25,14 @@ from orchestrator.model import Compression, Disk
 from orchestrator.qemu import tools
 from orchestrator.target import durable
 from orchestrator.target.base import Draft, Sink, Snapshot, SnapshotDisk, Target
-from orchestrator.target.images import manifest, removal
+from orchestrator.target.images import chain, locks, manifest, removal
+from orchestrator.target.images.errors import explained, gone
 
 log = structlog.get_logger(__name__)
 
 STAMP = "%Y%m%dT%H%M%SZ"
 EMPTY_QCOW2_BYTES = 1 << 20
 DISK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
-FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ImagesTarget(Target):
@@ -117,10 +115,13 @@ class ImagesTarget(Target):
                     log.warning("snapshot.unreadable", target=self.name, error=str(error))
         return found
 
-    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> None:
-        source = self.path / snapshot.id / manifest.disk_file(snapshot.disk(disk).disk)
+    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> str:
         into_existing = await asyncio.to_thread(to.is_block_device)
-        await tools.convert(source, "qcow2", to, image_format, into_existing=into_existing)
+        async with chain.held(self.path / snapshot.vm, snapshot.id, disk, target=self.name) as links:
+            source = links[0].image
+            return await chain.read(
+                links, tools.convert(source, "qcow2", to, image_format, into_existing=into_existing)
+            )
 
     async def remove(self, snapshot: Snapshot) -> None:
         await aio.finish(asyncio.to_thread(self._remove, snapshot))
@@ -139,7 +140,7 @@ class ImagesTarget(Target):
             )
         if not stays.needed_by:
             raise TargetError(
-                f"snapshot {snapshot.id} is needed by a backup of {snapshot.vm} that is under way",
+                f"snapshot {snapshot.id} is needed by a backup or a restore of {snapshot.vm} that is under way",
                 hint="try again when it has ended",
                 code="needed",
             )
@@ -208,7 +209,7 @@ class ImagesDraft(Draft):
         self._disks.append(disk.id)
         self._parents[disk.id] = parent
         options = "compression_type=zstd" if compress else ""
-        backing = f"../{parent.rpartition('/')[2]}/{manifest.disk_file(disk.id)}" if parent else None
+        backing = manifest.backing_name(disk.id, parent) if parent else None
         try:
             await tools.create_qcow2(self._images[disk.id], disk.size_bytes, options=options, backing=backing)
         except ToolError as error:
@@ -225,7 +226,7 @@ class ImagesDraft(Draft):
         if parent not in self._held:
             folder = self._final.parent.parent / parent
             with explained(self._target, folder):
-                descriptor = removal.hold(folder)
+                descriptor = locks.hold(folder)
             if descriptor is None:
                 raise gone(parent)
             self._held[parent] = descriptor
@@ -239,10 +240,13 @@ class ImagesDraft(Draft):
                 stored_bytes = os.fstat(descriptor).st_blocks * 512
         finally:
             os.close(descriptor)
-        digest = await tools.sha256(self._path(disk.id), "qcow2")
-        self._sealed[disk.id] = SnapshotDisk(
-            disk.id, disk.size_bytes, digest, stored_bytes, self._parents[disk.id]
-        )
+        path, parent = self._path(disk.id), self._parents[disk.id]
+        if parent is None:
+            digest = await tools.sha256(path, "qcow2")
+        else:  # its content is the whole chain's: reading that would take as long as a full backup
+            with explained(self._target, path):
+                digest = await chain.file_sha256(path)
+        self._sealed[disk.id] = SnapshotDisk(disk.id, disk.size_bytes, digest, stored_bytes, parent)
         return self._sealed[disk.id]
 
     async def commit(self, details: dict[str, Any]) -> Snapshot:
@@ -303,26 +307,3 @@ class ImagesDraft(Draft):
 
     def _path(self, disk: str) -> Path:
         return self._partial / manifest.disk_file(disk)
-
-
-def gone(snapshot: str) -> TargetError:
-    """The error that a snapshot is not there any more."""
-    return TargetError(
-        f"there is no snapshot {snapshot} any more", hint="somebody removed it meanwhile", code="no-snapshot"
-    )
-
-
-@contextlib.contextmanager
-def explained(target: str, path: Path) -> Iterator[None]:
-    """Turn an OSError into a TargetError that says what and where."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in FULL_ERRNOS
-        raise TargetError(
-            f"target {target}: {error.strerror}: {error.filename or path}",
-            hint="free some space or prune old snapshots"
-            if full
-            else "the path must be a folder that vmfleece may write to",
-            code="target-full" if full else "target-unwritable",
-        ) from error

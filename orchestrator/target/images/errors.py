@@ -1,0 +1,33 @@
+"""What goes wrong with files and folders, said as a TargetError: what, where, and what can be done."""
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+from orchestrator.errors import TargetError
+
+FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+
+
+def gone(snapshot: str) -> TargetError:
+    """The error that a snapshot is not there any more."""
+    return TargetError(
+        f"there is no snapshot {snapshot} any more", hint="somebody removed it meanwhile", code="no-snapshot"
+    )
+
+
+@contextlib.contextmanager
+def explained(target: str, path: Path) -> Iterator[None]:
+    """Turn an OSError into a TargetError that says what and where."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in FULL_ERRNOS
+        raise TargetError(
+            f"target {target}: {error.strerror}: {error.filename or path}",
+            hint="free some space or prune old snapshots"
+            if full
+            else "the path must be a folder that vmfleece may write to",
+            code="target-full" if full else "target-unwritable",
+        ) from error
