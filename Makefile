@@ -1,28 +1,35 @@
-# Everything here sets itself up: QEMU and tools by apt (once, as root), Python packages into .venv.
+# Everything here sets itself up: QEMUs and tools by apt (once, as root), Python packages into .venv.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench tools clean
+.PHONY: demo test soak lint bench tools host-tools clean
 .DEFAULT_GOAL := test
 
-tools:
+tools: host-tools
+	sh tests/guest/qemus.sh
+
+host-tools:
 	PYTHON=$(PYTHON) sh tests/guest/install.sh
 
-$(STAMP): pyproject.toml | tools
+$(STAMP): pyproject.toml | host-tools
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
 # A guest under load is backed up to a slow target, restored, and proven right (about a minute).
-demo: tools $(STAMP)
+demo: host-tools $(STAMP)
 	$(BIN)/python -m benchmarks.demo
 
 # Style, types, layers; then the tests, on real QEMU with real guests.
 test: tools lint
 	$(BIN)/python -m pytest
+
+# 30 backups under load on each QEMU, with and without iothreads: what kills a guest may do so once in tens (45 minutes).
+soak: tools $(STAMP)
+	$(BIN)/python -m tests.soak.versions
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -30,7 +37,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: tools $(STAMP)
+bench: host-tools $(STAMP)
 	$(BIN)/python -m benchmarks.guest_impact
 	$(BIN)/python -m benchmarks.admission
 

@@ -19,16 +19,16 @@ give_up() {
     exit 1
 }
 
-# The mirror that the host's own packages come from.
+# The mirror that the host's own packages come from, whether or not apt has fetched its lists yet.
 find_mirror() {
-    apt-get indextargets --format '$(RELEASE) $(REPO_URI)' 'Created-By: Packages' |
+    apt-get indextargets --no-release-info --format '$(RELEASE) $(REPO_URI)' 'Created-By: Packages' |
         awk '$1 == "bookworm" || $1 == "trixie" { print $2; exit }'
 }
 
 # Runs apt-get on the sources and the state in $work instead of the host's. As far as that apt knows nothing is
 # installed, so it fetches every library.
 private_apt() {
-    apt-get -qq \
+    apt-get -qq -o Acquire::Retries=3 -o APT::Update::Error-Mode=any \
         -o Dir::Etc::SourceList="$work/sources.list" -o Dir::Etc::SourceParts=/dev/null \
         -o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts=/dev/null \
         -o Dir::State="$work/state" -o Dir::State::Status="$work/status" -o Dir::Cache="$work/cache" \
@@ -52,6 +52,9 @@ install_qemu() {
         give_up "cannot write to $cache: run this as root, or set VMFLEECE_TESTS_CACHE to a folder of yours"
     mirror=$(find_mirror)
     [ -n "$mirror" ] || give_up "no apt source for Debian bookworm or trixie found: add one, then run this again"
+
+    # What a run left that was killed.
+    find "$cache" -maxdepth 1 -name 'unpacking-*' -mmin +1440 -exec rm -rf {} +
 
     # Beside its final place, so that a rename puts it there whole, whoever else is at it.
     work=$(mktemp -d "$cache/unpacking-$version-XXXXXX")
