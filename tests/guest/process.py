@@ -52,6 +52,11 @@ class QemuProcess:
             raise MonitorLostError(f"{command}: QEMU has ended")
         return await self.monitor.execute(command, arguments, deadline_seconds)
 
+    def kill(self) -> None:
+        """Send SIGKILL to this very process; `end` reaps it."""
+        if self.alive:
+            self._process.kill()
+
     async def end(self) -> None:
         """End it by `quit`, else by SIGKILL to this very process, and reap it."""
         try:
@@ -60,7 +65,6 @@ class QemuProcess:
                 async with asyncio.timeout(5):
                     await self._process.wait()
         finally:
-            if self.alive:
-                self._process.kill()
+            self.kill()
             await self._process.wait()
             await self.monitor.close()

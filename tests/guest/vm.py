@@ -153,6 +153,17 @@ class GuestVm:
             if self._sockets != self.folder:
                 shutil.rmtree(self._sockets, ignore_errors=True)
 
+    async def kill(self) -> None:
+        """End QEMU by SIGKILL, as a power failure does, and reap it."""
+        if self._qemu is not None:
+            self._qemu.kill()
+        await self.stop()
+
+    @property
+    def exit_code(self) -> int | None:
+        """How QEMU ended the last time; negative: the signal."""
+        return self._exit_code
+
     def alive(self) -> bool:
         """Whether QEMU's process is there."""
         return self._qemu is not None and self._qemu.alive
@@ -224,6 +235,19 @@ class GuestVm:
     async def writes(self) -> int:
         """Return the number of writes that QEMU has completed for the guest, over all disks."""
         return sum(stats["wr_operations"] for stats in (await self.block_stats()).values())
+
+    async def write(self, disk_id: str, offset_bytes: int, length_bytes: int, *, pattern: int) -> None:
+        """Write one byte's value to a disk as its device does, on whatever node that is now, and await it.
+
+        It is no write of a running guest's: where that writes, too, the last one wins.
+        """
+        wrote = f"wrote {length_bytes}/{length_bytes} bytes at offset {offset_bytes}\n"
+        wanted = console.read(self.stderr_path).count(wrote) + 1
+        write = f'qemu-io -d {self._qdevs[disk_id]} "write -P {pattern} {offset_bytes} {length_bytes}"'
+        refusal = await self.execute("human-monitor-command", {"command-line": write})
+        # It answers on QEMU's own output.
+        if refusal or console.read(self.stderr_path).count(wrote) < wanted:
+            self.fail(f"{write}: {refusal}")
 
     # --- waiting and checking ---
 
