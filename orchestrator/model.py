@@ -27,6 +27,18 @@ class FleecingPolicy(StrEnum):
     PREFER = "prefer"
 
 
+class Discard(StrEnum):
+    """What moves the copy-before-write boundary of a full copy.
+
+    QEMU's block job as it copies; or we do after each window, for QEMU before 9.1, whose job cannot. Auto: the job
+    where it can.
+    """
+
+    AUTO = "auto"
+    JOB = "job"
+    WINDOW = "window"
+
+
 class Compression(StrEnum):
     """How the images target has QEMU compress what it writes."""
 
@@ -84,6 +96,7 @@ class RunOptions:
     job: str | None = None
     full: bool = False
     full_every: int = 0
+    discard: Discard = Discard.AUTO
 
 
 @dataclass(frozen=True, slots=True)

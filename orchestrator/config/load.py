@@ -159,6 +159,7 @@ def _job(name: str, job: JobTable, draft: Draft) -> JobSettings:
         consistency=job.consistency,
         cbw_timeout_seconds=job.cbw_timeout,
         bwlimit_bytes_per_second=job.bwlimit,
+        discard=job.discard,
         full_every=job.full_every,
         job=name,
     )

@@ -26,7 +26,7 @@ from orchestrator.config.values import (
     one_of,
     read_fleecing,
 )
-from orchestrator.model import Compression, Consistency, FleecingPolicy, Keep
+from orchestrator.model import Compression, Consistency, Discard, FleecingPolicy, Keep
 
 
 def _key(default: Any = ..., *, description: str, example: Any) -> Any:
@@ -208,6 +208,13 @@ class JobTable(Table):
         "0",
         description="How fast a run copies at most: KiB/s, or with a unit; 0 is no limit.",
         example="50MiB",
+    )
+    discard: Annotated[Discard, Field(strict=False), one_of(Discard)] = _key(
+        "auto",
+        description="What gives back fleecing space during a full copy: job, QEMU's block job as it copies (9.1 "
+        "or later); window, vmfleece after each part of the disk, on any QEMU, but the images are not compressed; "
+        "auto: job where QEMU can, else window unless the target compresses.",
+        example="auto",
     )
     full_every: Annotated[int, Field(ge=0, le=1000)] = _key(
         0,

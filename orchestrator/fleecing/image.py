@@ -9,11 +9,17 @@ import asyncio
 import fcntl
 import os
 
+import structlog
+
 from orchestrator import aio
+from orchestrator.errors import ToolError
+from orchestrator.fleecing.boundary import Extent
 from orchestrator.fleecing.names import DiskNames
 from orchestrator.qemu import commands, tools
 from orchestrator.qemu.monitor import Monitor
 from orchestrator.storage.base import ImageFile, Storage
+
+log = structlog.get_logger(__name__)
 
 
 async def create(storage: Storage, *, name: str, disk_bytes: int, length_bytes: int) -> ImageFile:
@@ -58,6 +64,20 @@ async def extend(monitor: Monitor, names: DiskNames, limit_bytes: int) -> None:
     """Set the limit anew, while guest and job go on (not on a QEMU without discard-source: it aborts)."""
     grant = commands.grant_node(names.grant, file=names.file, size_bytes=limit_bytes)
     await monitor.execute(commands.reopen(grant))
+
+
+async def held(monitor: Monitor, names: DiskNames, file: ImageFile) -> list[Extent]:
+    """Which parts of its disk an image holds right now, as far as can be told: QEMU goes on writing it.
+
+    Raises MonitorError.
+    """
+    # What QEMU caches of the image's tables is in its file then.
+    await monitor.execute(commands.flush(names.image))
+    try:
+        return await tools.allocated(file.descriptor)
+    except ToolError as error:
+        log.debug("image.unreadable", image=names.image, error=str(error))
+        return []
 
 
 async def high_water_bytes(monitor: Monitor, names: DiskNames) -> int:

@@ -9,8 +9,9 @@ from orchestrator.qemu.commands import PREFIX
 
 SNAPSHOT, GATE, CBW, IMAGE, GRANT, FILE = "snap", "gate", "cbw", "img", "grant", "file"
 TARGET, TARGET_FILE = "target", "tfile"
-FLEECING = (SNAPSHOT, GATE, CBW, IMAGE, GRANT, FILE)
-DISMANTLING = (*FLEECING, TARGET, TARGET_FILE)
+SOURCE_WINDOW, TARGET_WINDOW = "wfrom", "wto"
+FLEECING = (SOURCE_WINDOW, SNAPSHOT, GATE, CBW, IMAGE, GRANT, FILE)
+DISMANTLING = (*FLEECING, TARGET_WINDOW, TARGET, TARGET_FILE)
 """The order in which nodes can be deleted: parents first."""
 
 
@@ -58,8 +59,20 @@ class DiskNames:
         return self.prefix + TARGET_FILE
 
     @property
+    def source_window(self) -> str:
+        return self.prefix + SOURCE_WINDOW
+
+    @property
+    def target_window(self) -> str:
+        return self.prefix + TARGET_WINDOW
+
+    @property
     def job(self) -> str:
         return self.prefix + "copy"
+
+    def window_job(self, number: int) -> str:
+        """The job that copies one window."""
+        return f"{self.job}-{number}"
 
 
 def run_prefix(run: str) -> str:

@@ -113,6 +113,25 @@ def snapshot_access_node(name: str, *, cbw: str) -> dict[str, Any]:
     return {"driver": "snapshot-access", "node-name": name, "file": cbw, "discard": "unmap"}
 
 
+def window_node(name: str, *, file: str, offset_bytes: int, size_bytes: int) -> dict[str, Any]:
+    """A part of another node as a node of its own (block/raw-format.c)."""
+    return {"driver": "raw", "node-name": name, "file": file, "offset": offset_bytes, "size": size_bytes}
+
+
+def discard(node: str, *, offset_bytes: int, size_bytes: int) -> Command:
+    """Discard a part of a node. QEMU does not say whether that went well (block/monitor/block-hmp-cmds.c)."""
+    return _qemu_io(node, f"discard -q {offset_bytes} {size_bytes}")
+
+
+def flush(node: str) -> Command:
+    """Write out what a format driver caches. QEMU does not say whether that went well."""
+    return _qemu_io(node, "flush")
+
+
+def _qemu_io(node: str, act: str) -> Command:
+    return Command("human-monitor-command", {"command-line": f'qemu-io {node} "{act}"'})
+
+
 def backup_job(
     job: str,
     *,

@@ -40,6 +40,24 @@ async def convert(source: Path, source_format: str, to: Path, to_format: str, *,
     await _run([*argv, str(source), str(to)])
 
 
+async def allocated(descriptor: int) -> list[tuple[int, int]]:
+    """The parts of an open qcow2 image's content that are in it, by offset and length in bytes.
+
+    Somebody else may be writing it: it may then be unreadable for a moment.
+    """
+    argv = ["qemu-img", "map", "-U", "-f", "qcow2", "--output=json", f"/dev/fd/{descriptor}"]
+    finished = await _run(argv, pass_fds=(descriptor,))
+    return [(piece["start"], piece["length"]) for piece in json.loads(finished.stdout) if piece["data"]]
+
+
+async def flatten(source: Path, descriptor: int, *, compress: bool) -> None:
+    """Copy a qcow2 image's content, with all that it builds on, into an open empty file: one that stands alone."""
+    argv = ["qemu-img", "convert", "-f", "qcow2", "-O", "qcow2"]
+    if compress:
+        argv += ["-c", "-o", "compression_type=zstd"]
+    await _run([*argv, str(source), f"/dev/fd/{descriptor}"], pass_fds=(descriptor,))
+
+
 async def virtual_size(path: Path, image_format: str) -> int:
     """The size in bytes that a guest sees. For a block device: its own size."""
     finished = await _run(["qemu-img", "info", "-U", "-f", image_format, "--output=json", str(path)])

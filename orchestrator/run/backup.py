@@ -28,13 +28,15 @@ from orchestrator.admission.controller import Controller
 from orchestrator.admission.lease import Lease, Waiting
 from orchestrator.admission.ledger.base import Grant
 from orchestrator.errors import NobodyThere, StorageError, VmfleeceError
-from orchestrator.fleecing import bitmaps, graph, image, rotation
+from orchestrator.fleecing import bitmaps, boundary, graph, image, rotation
 from orchestrator.fleecing.bitmaps import Settlement
+from orchestrator.fleecing.boundary import Boundary
 from orchestrator.fleecing.grant import GrantKeeper
 from orchestrator.fleecing.names import DiskNames, run_prefix
 from orchestrator.fleecing.pauser import Pauser
 from orchestrator.fleecing.quiet import Quiet
 from orchestrator.model import (
+    Discard,
     ErrorReport,
     Phase,
     Progress,
@@ -44,7 +46,7 @@ from orchestrator.model import (
 )
 from orchestrator.qemu import capabilities, commands, jobs, qmp, tools
 from orchestrator.qemu.monitor import Monitor
-from orchestrator.run import copy, survey
+from orchestrator.run import copy, survey, windows
 from orchestrator.run.outcome import CANCELLED, DiskRun, Facts, log_result
 from orchestrator.run.plan import Past, Plan
 from orchestrator.run.survey import Storages
@@ -135,6 +137,13 @@ class _Gear:
     draft: Draft
     keeper: GrantKeeper
     quiet: Quiet
+    pace: windows.Pace
+
+
+class _Copying(Protocol):
+    """What copies one disk: one job, or one a window."""
+
+    async def run(self) -> copy.Ended: ...
 
 
 class _Run:
@@ -257,24 +266,18 @@ class _Run:
         quiet = Quiet(monitor)
         growable = self._capabilities.discard_source
         keeper = GrantKeeper(monitor, self._means.controller, lease, quiet, growable=growable)
-        gear = _Gear(monitor, lease, draft, keeper, quiet)
+        gear = _Gear(monitor, lease, draft, keeper, quiet, windows.Pace())
         for disk in self._facts.disks:
             await self._prepare(gear, disk)
         self._enter(Phase.SNAPSHOTTING)
         await self._snapshot(monitor, draft)
         self._enter(Phase.COPYING)
         with contextlib.ExitStack() as watching:
-            watches = [
-                watching.enter_context(copy.Watch(monitor, disk.names.job, partial(self._copied, disk, lease)))
-                for disk in self._facts.disks
-            ]
-            quiet.jobs = {disk.names.job for disk in self._facts.disks}
-            speed = self._speed(quiet)
-            starting = commands.start_backups([self._job(disk, speed) for disk in self._facts.disks])
+            copying = [self._copying(gear, disk, watching) for disk in self._facts.disks]
             async with aio.background(keeper.serve(), keeper.ask_again()):  # old data comes before the jobs run
-                await monitor.execute(starting)
+                await self._start_whole(gear)
                 finishing = aio.all_or_first_error(
-                    self._finish(gear, disk, watch) for disk, watch in zip(self._facts.disks, watches, strict=True)
+                    self._finish(gear, disk, one) for disk, one in zip(self._facts.disks, copying, strict=True)
                 )
                 await aio.unless(lease.giving_way(), finishing)
         self._enter(Phase.COMMITTING)
@@ -284,8 +287,13 @@ class _Run:
     async def _prepare(self, gear: _Gear, disk: DiskRun) -> None:
         """Everything that can be done while the guest still runs on its own node."""
         fleeced = disk.plan.storage is not None
-        sink = await gear.draft.add_disk(disk.plan.disk, compressible=fleeced, parent=disk.plan.parent)
+        sink = await gear.draft.add_disk(
+            disk.plan.disk,
+            compressible=fleeced and self._options.discard is not Discard.WINDOW,
+            parent=disk.plan.parent,
+        )
         disk.compress = sink.compress
+        disk.by_windows = fleeced and not disk.incremental and self._moves_boundary_itself(compress=sink.compress)
         await graph.attach_target(gear.monitor, disk.names, sink.descriptor, incremental=disk.incremental)
         if disk.plan.storage is None:
             return
@@ -326,21 +334,60 @@ class _Run:
             self._facts.pause_ms = held_ms if running else None
         log.info("snapshot.taken", disks=len(filters), pause_ms=self._facts.rounded_pause_ms)
 
-    def _job(self, disk: DiskRun, speed_bytes_per_second: int) -> dict[str, Any]:
+    def _moves_boundary_itself(self, *, compress: bool) -> bool:
+        """Whether full copies go by windows. QEMU compresses what it writes to an image, but not to a part of it.
+
+        An incremental copy is always one job: what it holds is what changed since the last one, at most.
+        """
+        if self._options.discard is Discard.AUTO:
+            return not self._capabilities.discard_source and not compress
+        return self._options.discard is Discard.WINDOW
+
+    def _copying(self, gear: _Gear, disk: DiskRun, watching: contextlib.ExitStack) -> _Copying:
+        """What will copy a disk; it hears of its jobs from now on."""
+        on_progress = partial(self._copied, disk, gear.lease)
+        if not disk.by_windows:
+            gear.quiet.jobs.add(disk.names.job)
+            return watching.enter_context(copy.Watch(gear.monitor, disk.names.job, on_progress))
+        means = windows.Means(
+            gear.monitor,
+            gear.quiet,
+            gear.pace,
+            job=partial(self._job, disk),
+            held_bytes=partial(self._held_bytes, gear, disk),
+        )
+        start = Boundary(disk.plan.disk.size_bytes, boundary.WINDOW_BYTES)
+        return windows.WindowCopy(disk.plan.disk.id, disk.names, start, means, on_progress)
+
+    async def _start_whole(self, gear: _Gear) -> None:
+        """Start the jobs of the disks that one job copies, all at once."""
+        whole = [disk for disk in self._facts.disks if not disk.by_windows]
+        jobs = [self._job(disk, disk.names.job, disk.names.snapshot, disk.names.target) for disk in whole]
+        if jobs:
+            await gear.monitor.execute(commands.start_backups(jobs))
+
+    def _job(self, disk: DiskRun, job: str, source: str, target: str) -> dict[str, Any]:
         return commands.backup_job(
-            disk.names.job,
-            device=disk.names.snapshot,
-            target=disk.names.target,
-            speed_bytes_per_second=speed_bytes_per_second,
+            job,
+            device=source,
+            target=target,
+            speed_bytes_per_second=self._speed(disk),
             # Without fleecing it would discard what it has just written to the target.
-            discard_source=disk.file is not None and self._capabilities.discard_source,
+            discard_source=disk.file is not None and not disk.by_windows and self._capabilities.discard_source,
             compress=disk.compress,
             bitmap=graph.CHANGED if disk.incremental else None,
         )
 
-    async def _finish(self, gear: _Gear, disk: DiskRun, watch: copy.Watch) -> None:
+    async def _held_bytes(self, gear: _Gear, disk: DiskRun) -> Mapping[int, int]:
+        """How much old data the disk's windows hold, by number."""
+        assert disk.file is not None  # noqa: S101  windows are fleeced
+        held = await image.held(gear.monitor, disk.names, disk.file)
+        return boundary.by_window(held, boundary.WINDOW_BYTES)
+
+    async def _finish(self, gear: _Gear, disk: DiskRun, copying: _Copying) -> None:
         """Wait for one disk's copy, give back everything that it held, and read the copy back."""
-        ended = await watch.run()
+        ended = await copying.run()
+        disk.copying = False
         gear.quiet.jobs.discard(disk.names.job)
         self._copied(disk, gear.lease, ended.state)
         if disk.file is not None:
@@ -356,10 +403,10 @@ class _Run:
             await graph.release(gear.monitor, disk.names, self._pauser, incremental=disk.incremental)
         await _close(disk)
         await self._means.controller.release(gear.lease, disk.plan.disk.id)
-        if self._options.bwlimit_bytes_per_second and gear.quiet.jobs:
-            # What it used goes to the others; a job that ends at this moment refuses: fine.
-            speed = self._speed(gear.quiet)
-            await gear.monitor.pipeline([commands.set_speed(job, speed) for job in sorted(gear.quiet.jobs)])
+        # What it used goes to the others; a job that ends at this moment refuses: fine.
+        whole = [one for one in self._facts.disks if one.copying and not one.by_windows]
+        if self._options.bwlimit_bytes_per_second and whole:
+            await gear.monitor.pipeline([commands.set_speed(one.names.job, self._speed(one)) for one in whole])
         log.info(
             "disk.copied",
             disk=disk.plan.disk.id,
@@ -403,10 +450,18 @@ class _Run:
             ),
         )
 
-    def _speed(self, quiet: Quiet) -> int:
-        """What one disk may use of the run's bandwidth; 0: no limit."""
+    def _speed(self, disk: DiskRun) -> int:
+        """What one disk may use of the run's bandwidth; 0: no limit.
+
+        Disks that are copied by windows keep one pace, so the larger one gets more.
+        """
         limit = self._options.bwlimit_bytes_per_second
-        return max(1, limit // len(quiet.jobs)) if limit else 0
+        left = [one for one in self._facts.disks if one.copying]
+        if any(one.by_windows for one in left):
+            share = limit * disk.plan.disk.size_bytes // sum(one.plan.disk.size_bytes for one in left)
+        else:
+            share = limit // len(left)
+        return max(1, share) if limit else 0
 
     async def _dismantle(self, monitor: Monitor) -> None:
         """The undo of everything in QEMU. A QEMU that is gone has nothing of ours any more."""

@@ -30,7 +30,7 @@ CANCELLED = "cancelled"
 
 @dataclass(slots=True)
 class DiskRun:
-    """One disk under way."""
+    """One disk under way: `copying` until its copy has ended, `by_windows` or by one job."""
 
     plan: DiskPlan
     names: DiskNames
@@ -40,6 +40,8 @@ class DiskRun:
     copied_bytes: int = 0
     fleecing_peak_bytes: int = 0
     compress: bool = False
+    by_windows: bool = False
+    copying: bool = True
 
     @property
     def incremental(self) -> bool:

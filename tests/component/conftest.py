@@ -10,9 +10,10 @@ import structlog
 
 from orchestrator import aio
 from orchestrator.admission import estimate
-from orchestrator.fleecing import grant, graph, pauser, quiet
+from orchestrator.fleecing import boundary, grant, graph, pauser, quiet
 from orchestrator.qemu import tools
 from orchestrator.run import copy
+from tests.component.fake_blocks import CLUSTER
 from tests.component.world import World, make_world, open_descriptors
 
 
@@ -63,7 +64,18 @@ def quick_images(monkeypatch: pytest.MonkeyPatch) -> None:
     async def create_qcow2(descriptor: int, size_bytes: int, *, options: str = "") -> None:  # noqa: ARG001
         await asyncio.sleep(0)
 
+    async def allocated(descriptor: int) -> list[tuple[int, int]]:  # noqa: ARG001
+        await asyncio.sleep(0)
+        return []
+
     monkeypatch.setattr(tools, "create_qcow2", create_qcow2)
+    monkeypatch.setattr(tools, "allocated", allocated)
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows for small disks: of two clusters."""
+    monkeypatch.setattr(boundary, "WINDOW_BYTES", 2 * CLUSTER)
 
 
 @pytest.fixture

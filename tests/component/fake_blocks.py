@@ -80,13 +80,18 @@ class Device:
 
 @dataclass
 class Job:
-    """A block job, as far as query-jobs and query-block-jobs tell of it."""
+    """A block job, as far as query-jobs and query-block-jobs tell of it. `first` is where its window begins.
+
+    `nodes` are those that it was given, be they windows of its `source` and `target`.
+    """
 
     id: str
     source: str
     target: str
     total: int
     type: str = "backup"
+    first: int = 0
+    nodes: tuple[str, ...] = ()
     discards: bool = False
     on_target_error: str = "report"
     status: str = "created"

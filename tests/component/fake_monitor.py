@@ -27,6 +27,10 @@ class Trouble(StrEnum):
     TIMEOUT_NEVER = "no reply in time, never executed"
 
 
+CANNOT_BE_REFUSED = ("stop", "query-jobs", "job-resume", "human-monitor-command")
+"""QEMU has no reason to refuse these, in the states that a run uses them in (runstate.c, job.c, hmp.c)."""
+
+
 @dataclass
 class Troubles:
     """Which commands get into trouble: each entry once, for the first command that it matches."""
@@ -35,9 +39,13 @@ class Troubles:
     seen: int = 0
 
     def at(self, index: int, trouble: Trouble) -> None:
-        """Get the command of that number, counted from now, into trouble."""
+        """Get the command of that number, counted from now, into trouble, if that can happen to it."""
         wanted = self.seen + index
-        self.when.append((lambda number, _command: number == wanted, trouble))
+
+        def matches(number: int, command: Command) -> bool:
+            return number == wanted and not (trouble is Trouble.REFUSED and command.name in CANNOT_BE_REFUSED)
+
+        self.when.append((matches, trouble))
 
     def on(self, name: str, trouble: Trouble, *, also: Callable[[Command], bool] = lambda _command: True) -> None:
         """Get the next command of that name into trouble."""

@@ -340,8 +340,8 @@ class FakeQemu:
         children = {role: arguments[role] for role in ("file", "target") if role in arguments}
         for child in children.values():
             node = self._node("blockdev-add", child)
-            if node.driver == "snapshot-access" and self._jobs_on(child):
-                raise QemuWouldDie("a second parent on a snapshot-access node that a job reads")
+            if node.driver == "snapshot-access" and (self._jobs_on(child) or self._parents(child)):
+                raise QemuWouldDie("a second parent on a snapshot-access node")
         if driver == "copy-before-write" and arguments.get("on-cbw-error") != "break-snapshot":
             raise QemuWouldDie("a failing copy would give the guest an I/O error")
         node = Node(name, driver, dict(arguments), children)
@@ -506,28 +506,34 @@ class FakeQemu:
 
     def _start(self, prepared: list[Job]) -> None:
         for job in prepared:
-            self.nodes[job.target].size = self._base(job.source).size
+            self.nodes[job.target].size = self._base(self.nodes[job.source].name).size
             self.jobs[job.id] = job
             self._change(job, "created")
             self._change(job, "running")
             self._advance_soon(job)
 
     def _prepare_backup(self, arguments: Any) -> Job:
-        source = self._node("blockdev-backup", arguments["device"])
-        target = self._node("blockdev-backup", arguments["target"])
+        source, offset, size = self._whole("blockdev-backup", arguments["device"])
+        target, *place = self._whole("blockdev-backup", arguments["target"])
         if arguments["job-id"] in self.jobs:
             raise CommandFailed("blockdev-backup", f"Job ID '{arguments['job-id']}' already in use")
         if "discard-source" in arguments and not self.discard_source:
             raise CommandFailed("blockdev-backup", "Parameter 'discard-source' is unexpected")
         if source.driver != "snapshot-access":
             raise QemuWouldDie("a job on the disk itself gives the guest the target's errors")
-        if self._parents(source.name) or self._jobs_on(source.name):
+        parents = [one.name for one in self._parents(source.name) if one.name != arguments["device"]]
+        if parents or self._jobs_on(source.name):
             raise QemuWouldDie("a second parent on a snapshot-access node")
+        if arguments["device"] != source.name:
+            if place != [offset, size]:
+                raise QemuWouldDie("a part of the disk is copied to another place")
+            if arguments.get("discard-source") or arguments.get("compress"):
+                raise CommandFailed("blockdev-backup", "Compression is not supported for this drive")
         filtered = self.nodes[source.children["file"]]
         discards = bool(arguments.get("discard-source"))
         if discards and filtered.children["target"] == target.name:
             raise QemuWouldDie("discard-source would discard the backup itself")
-        size, changed = self._base(filtered.name).size, None
+        changed = None
         if arguments["sync"] == "bitmap":
             changed = sorted(self._bitmap("blockdev-backup", source.name, arguments["bitmap"]).dirty)
         return Job(
@@ -537,9 +543,36 @@ class FakeQemu:
             total=size if changed is None else len(changed) * CLUSTER,
             changed=changed,
             discards=discards,
+            first=offset // CLUSTER,
+            nodes=(arguments["device"], arguments["target"]),
             on_target_error=arguments["on-target-error"],
             speed=arguments["speed"],
         )
+
+    def _whole(self, command: str, name: str) -> tuple[Node, int, int]:
+        """The node that a job reads or writes, and which part of it, by offset and size."""
+        node = self._node(command, name)
+        if node.driver == "raw" and "offset" in node.options:
+            return self._node(command, node.children["file"]), node.options["offset"], node.options["size"]
+        return node, 0, self._base(node.name).size
+
+    def _human_monitor_command(self, arguments: Any) -> Any:
+        _, name, act = arguments["command-line"].replace('"', "").split(maxsplit=2)
+        if name not in self.nodes or act == "flush":
+            return ""  # this way in, QEMU tells of no error
+        discard, quiet, offset, size = act.split()
+        assert (discard, quiet) == ("discard", "-q")
+        node = self.nodes[name]
+        if not name.startswith(PREFIX) or node.driver != "snapshot-access":
+            raise QemuWouldDie("somebody's data is discarded")
+        if self._parents(name) or self._jobs_on(name):
+            raise QemuWouldDie("a snapshot-access node is discarded while a job reads it")
+        filtered = self.nodes[node.children["file"]]
+        whole = range(int(offset) // CLUSTER, -(-(int(offset) + int(size)) // CLUSTER))
+        filtered.released.update(whole)
+        for at in whole:
+            self.nodes[filtered.children["target"]].store.pop(at, None)
+        return ""
 
     def _block_job_set_speed(self, arguments: Any) -> Any:
         job = self._job("block-job-set-speed", arguments["device"])
@@ -618,7 +651,7 @@ class FakeQemu:
         source, target = self.nodes[job.source], self.nodes[job.target]
         filtered = self.nodes[source.children["file"]]
         for _ in range(count):
-            at = job.position
+            at = job.first + job.position
             if job.changed is not None and at < len(job.changed):
                 at = job.changed[at]
             if job.position * CLUSTER >= job.total:
@@ -684,7 +717,7 @@ class FakeQemu:
         return [node for node in self.nodes.values() if name in node.children.values()]
 
     def _jobs_on(self, name: str) -> list[Job]:
-        return [job for job in self.jobs.values() if not job.over and name in (job.source, job.target)]
+        return [job for job in self.jobs.values() if not job.over and name in (job.source, job.target, *job.nodes)]
 
     def _copy_before_write(self, filtered: Node, at: int, old: bytes) -> None:
         if filtered.broken or at in filtered.saved or at in filtered.released:

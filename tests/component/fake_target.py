@@ -24,6 +24,7 @@ class FakeTarget(Target):
         self.max_runs = max_runs
         self.listed: list[Snapshot] = []
         self.begun = 0
+        self.compresses = False
         self.drafts: list[FakeDraft] = []
         self.contents: dict[tuple[str, str], bytes] = {}
         self.before: Callable[[str], None] = lambda _step: None
@@ -55,6 +56,15 @@ class FakeTarget(Target):
             raise TargetError(f"snapshot {snapshot.id} is needed by {', '.join(needed_by)}", code="needed")
         self.listed.remove(listed)
 
+    async def merge(self, snapshot: Snapshot) -> None:
+        await self.step("merge")
+        for position, one in enumerate(self.listed):
+            if one.id == snapshot.id:
+                disks = tuple(replace(disk, parent=None) for disk in one.disks)
+                self.listed[position] = replace(one, kind="full", disks=disks)
+                return
+        raise TargetError(f"there is no snapshot {snapshot.id} any more", code="no-snapshot")
+
     async def protect(self, snapshot: Snapshot, *, protected: bool) -> Snapshot:
         await self.step("protect")
         for position, one in enumerate(self.listed):
@@ -83,20 +93,14 @@ class FakeDraft(Draft):
         self.parents: dict[str, str | None] = {}
         target.drafts.append(self)
 
-    async def add_disk(
-        self,
-        disk: Disk,
-        *,
-        compressible: bool,  # noqa: ARG002
-        parent: str | None = None,
-    ) -> Sink:
+    async def add_disk(self, disk: Disk, *, compressible: bool, parent: str | None = None) -> Sink:
         await self._target.step("add_disk")
         self.parents[disk.id] = parent
         self._files[disk.id] = os.memfd_create(f"target-{disk.id}")
         os.ftruncate(self._files[disk.id], disk.size_bytes)
         if parent is not None:
             os.pwrite(self._files[disk.id], self._target.contents[parent, disk.id], 0)
-        return Sink(self._files[disk.id], compress=False)
+        return Sink(self._files[disk.id], compress=compressible and self._target.compresses)
 
     async def seal(self, disk: Disk) -> SnapshotDisk:
         await self._target.step("seal")

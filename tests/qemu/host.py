@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 from orchestrator import config
-from orchestrator.model import Fleecing, Outcome, RunOptions, RunResult
+from orchestrator.model import Discard, Fleecing, Outcome, RunOptions, RunResult
 from orchestrator.qemu import qmp
 from orchestrator.run.backup import Connect
 from orchestrator.run.restore import restore
@@ -115,10 +115,17 @@ class Host:
         target: str = "main",
         bwlimit: int = 0,
         cbw_timeout: int = 10,
+        discard: Discard = Discard.AUTO,
     ) -> AsyncIterator[UnderWay]:
         """A backup beside the block, by an engine of its own if none is given; it is awaited at its end."""
         under_way = UnderWay(self.vms[name])
-        options = RunOptions(target, fleecing, bwlimit_bytes_per_second=bwlimit, cbw_timeout_seconds=cbw_timeout)
+        options = RunOptions(
+            target,
+            fleecing,
+            bwlimit_bytes_per_second=bwlimit,
+            cbw_timeout_seconds=cbw_timeout,
+            discard=discard,
+        )
         async with self.opened() if on is None else contextlib.nullcontext(on) as opened:
             work = opened.back_up(name, options, on_progress=under_way.progress.append)
             under_way.task = asyncio.create_task(work)
