@@ -190,6 +190,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--target", metavar="T", help="only on one target")
     one.add_argument("--vm", metavar="VM", help="only of one VM")
     one.add_argument("--job", metavar="JOB", help="only of one job's VMs")
+    one.add_argument(
+        "--merge", action="store_true", help="have old ends of chains merged, so that they may go, too"
+    )
     one.add_argument("--dry-run", action="store_true", help="say what would be removed, and why the rest stays")
     return parser
 

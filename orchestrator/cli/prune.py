@@ -20,12 +20,18 @@ from orchestrator.units import format_size
 
 
 async def prune(config: Config, arguments: argparse.Namespace) -> int:
-    """Remove what retention does not keep; in a dry run, say what that would be."""
+    """Remove what retention does not keep, merged if that is asked for; in a dry run, say what that would be."""
     wanted = _wanted(config, arguments)
     targets = engine.targets(config)
     with contextlib.nullcontext() if arguments.dry_run else _alone(config):
         results = [
-            await prune_vm(targets[target], vm, config.keeps(target, vm), dry_run=arguments.dry_run)
+            await prune_vm(
+                targets[target],
+                vm,
+                config.keeps(target, vm),
+                merge=arguments.merge,
+                dry_run=arguments.dry_run,
+            )
             for target, vm in wanted
         ]
     pruned = [one for result in results for one in result.snapshots]
@@ -88,6 +94,7 @@ def _document(one: Pruned, *, dry_run: bool) -> dict[str, Any]:
         "keep": one.keep,
         "reasons": one.reasons,
         "removed": one.removed and not dry_run,
+        "merged": one.merged and not dry_run,
         "stored_bytes": one.snapshot.stored_bytes,
         "error": asdict(one.error) if one.error else None,
     }
@@ -97,7 +104,7 @@ def _print(pruned: Sequence[Pruned], *, dry_run: bool) -> None:
     """Why each stays or goes, and the sum. What failed is logged with what to do."""
     table = Table("SNAPSHOT", "", "REASONS", "TARGET", box=None, pad_edge=False)
     for one in pruned:
-        what = "failed" if one.error else "keep" if one.keep else "remove"
+        what = "failed" if one.error else "merge" if one.merged else "keep" if one.keep else "remove"
         why = one.error.message if one.error else ", ".join(one.reasons)
         table.add_row(one.snapshot.id, what, why, one.snapshot.target)
     render.print_table(table)
@@ -105,4 +112,6 @@ def _print(pruned: Sequence[Pruned], *, dry_run: bool) -> None:
     freed = format_size(sum(snapshot.stored_bytes for snapshot in removed))
     would_be = "would be " if dry_run else ""
     kept = sum(one.keep for one in pruned)
-    render.print_line(f"{kept} kept, {len(removed)} {would_be}removed, {freed} {would_be}freed")
+    merged = sum(one.merged for one in pruned)
+    kept_how = f"{kept} kept, {merged} of them {would_be}merged" if merged else f"{kept} kept"
+    render.print_line(f"{kept_how}, {len(removed)} {would_be}removed, {freed} {would_be}freed")

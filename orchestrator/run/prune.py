@@ -1,18 +1,19 @@
 """Removing what retention does not keep of a VM's snapshots on a target.
 
 `retention` decides; the target refuses what must stay all the same, since it was protected or built on meanwhile.
+Merging comes first: what goes is decided anew from what the target then lists, whatever was merged or not.
 Whatever stops it, every snapshot is there whole or not listed, and the next time goes on where it ended.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import tzinfo
 
 import structlog
 
 from orchestrator.errors import TargetError
 from orchestrator.model import ErrorReport, Keep
-from orchestrator.run.retention import Point, decide_all
+from orchestrator.run.retention import Merge, Point, decide_all, merges, standing_alone
 from orchestrator.target.base import Snapshot, Target
 
 log = structlog.get_logger(__name__)
@@ -23,12 +24,16 @@ REFUSALS = ("needed", "protected")
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """What became of a snapshot. With neither `keep` nor `error` it was removed, or in a dry run would be."""
+    """What became of a snapshot. With neither `keep` nor `error` it was removed, or in a dry run would be.
+
+    `merged`: it was made to stand alone, or would be. With `keep` and `error`, that failed.
+    """
 
     snapshot: Snapshot
     keep: bool
     reasons: tuple[str, ...]
     error: ErrorReport | None = None
+    merged: bool = False
 
     @property
     def removed(self) -> bool:
@@ -46,18 +51,39 @@ class PruneResult:
 
 
 async def prune(
-    target: Target, vm: str, keeps: Sequence[Keep], *, zone: tzinfo | None = None, dry_run: bool = False
+    target: Target,
+    vm: str,
+    keeps: Sequence[Keep],
+    *,
+    zone: tzinfo | None = None,
+    merge: bool = False,
+    dry_run: bool = False,
 ) -> PruneResult:
     """Remove what none of `keeps` keeps; without any, everything stays. `zone` None: the host's.
 
-    What cannot be removed is an error in the result, and does not save the others. Cancellation finishes the
-    removal that is under way, and leaves the rest.
+    `merge`: first have the first kept snapshot of a chain stand alone where older ones may go then. What cannot be
+    merged or removed is an error in the result, and does not save the others. Cancellation finishes the removal
+    that is under way, undoes a merge or finishes it, and leaves the rest.
     """
-    listed = {snapshot.id: snapshot for snapshot in await target.snapshots(vm)}
-    verdicts = decide_all([_point(snapshot) for snapshot in listed.values()], keeps, zone)
-    result = {one.id: Pruned(listed[one.id], one.keep, one.reasons) for one in verdicts}
+    listed = await target.snapshots(vm)
+    planned = merges([_point(snapshot) for snapshot in listed], keeps, zone) if merge else ()
+    failed: dict[str, TargetError] = {}
+    if planned and not dry_run:
+        failed = await _merge_all(target, {one.id: one for one in listed}, planned)
+        listed = await target.snapshots(vm)
+    done = [one for one in planned if one.into not in failed]
+    points = standing_alone((_point(snapshot) for snapshot in listed), (one.into for one in done))
+    verdicts = decide_all(points, keeps, zone)
+    by_id = {snapshot.id: snapshot for snapshot in listed}
+    result = {one.id: Pruned(by_id[one.id], one.keep, one.reasons) for one in verdicts}
+    for one in done:
+        _say(result, one, dry_run=dry_run)
     if keeps and not dry_run:
         result |= await _remove_all(target, [result[one.id] for one in reversed(verdicts) if not one.keep])
+    for id_, error in failed.items():
+        if id_ in result:
+            result[id_] = _unmerged(result[id_], error)
+    if keeps and not dry_run:
         log.info(
             "prune.finished",
             vm=vm,
@@ -67,6 +93,48 @@ async def prune(
             failed=[id_ for id_, one in result.items() if one.error is not None],
         )
     return PruneResult(vm, target.name, tuple(result.values()))
+
+
+async def _merge_all(
+    target: Target, listed: dict[str, Snapshot], planned: Iterable[Merge]
+) -> dict[str, TargetError]:
+    """Merge them, and return why some were not."""
+    failed: dict[str, TargetError] = {}
+    for one in planned:
+        snapshot = listed[one.into]
+        try:
+            await target.merge(snapshot)
+        except TargetError as error:
+            failed[one.into] = error
+            if error.code not in REFUSALS:
+                log.warning(
+                    "merge.failed",
+                    vm=snapshot.vm,
+                    target=target.name,
+                    snapshot=snapshot.id,
+                    code=error.code,
+                    error=str(error),
+                )
+        else:
+            log.info("snapshot.merged", vm=snapshot.vm, target=target.name, snapshot=snapshot.id)
+    return failed
+
+
+def _say(result: dict[str, Pruned], merge: Merge, *, dry_run: bool) -> None:
+    """Give the reasons of a merge. Another may have removed what it was about meanwhile."""
+    for id_ in (merge.into, *merge.older):
+        one = result.get(id_)
+        if one is None or one.keep != (id_ == merge.into):
+            continue
+        tense = "would be " if dry_run else ""
+        reason = f"{tense}made to stand alone" if one.keep else f"{tense}merged into {merge.into}"
+        result[id_] = replace(one, reasons=(*one.reasons, reason), merged=one.keep)
+
+
+def _unmerged(one: Pruned, error: TargetError) -> Pruned:
+    if error.code in REFUSALS:
+        return replace(one, reasons=(*one.reasons, error.message))
+    return replace(one, error=ErrorReport(error.code, error.message, error.hint))
 
 
 async def remove(target: Target, snapshot: Snapshot) -> None:

@@ -23,10 +23,14 @@ Users of either must not lose what they expect to find, so we keep what either k
 What holds, whatever the snapshots (the tests have it as properties): a larger number never keeps less; what was
 kept is kept by the next decision, whether the removal went through, stopped half-way or never began; the newest
 stays; nothing goes that anything kept is based on.
+
+A chain that never ends keeps its oldest snapshots for ever, since all later ones need them. `merges` says which
+snapshot of a chain could hold all of its content itself so that they may go: the first of it that is kept for its
+own sake. Those before it go only for that; a later one would need as much space again and free less.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, tzinfo
 
 from orchestrator.model import Keep
@@ -63,6 +67,14 @@ class Verdict:
     reasons: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """A snapshot that is to stand alone, and the older ones (`older`, oldest first) that may go then."""
+
+    into: str
+    older: tuple[str, ...]
+
+
 def decide(points: Sequence[Point], keep: Keep, zone: tzinfo | None) -> tuple[Verdict, ...]:
     """A verdict on each snapshot of one VM on one target, oldest first, in whatever order they are given.
 
@@ -97,6 +109,43 @@ def decide_all(points: Sequence[Point], keeps: Iterable[Keep], zone: tzinfo | No
     """
     decisions = [decide(points, keep, zone) for keep in dict.fromkeys(keeps) or [Keep()]]
     return tuple(_either(verdicts) for verdicts in zip(*decisions, strict=True))
+
+
+def merges(points: Sequence[Point], keeps: Sequence[Keep], zone: tzinfo | None) -> tuple[Merge, ...]:
+    """What is worth merging so that more may go, oldest first: none of it if nothing would go for it."""
+    bare = standing_alone(points, (point.id for point in points))
+    kept = {verdict.id: verdict.keep for verdict in decide_all(bare, keeps, zone)}
+    parents = {point.id: [one for one in point.parents if one in kept] for point in points}
+    older = {id_: _before(id_, parents, kept) for id_, keep in kept.items() if keep}
+    into = [id_ for id_, ids in older.items() if ids]
+    while True:
+        verdicts = decide_all(standing_alone(points, into), keeps, zone)
+        going = [verdict.id for verdict in verdicts if not verdict.keep]
+        found = [Merge(one, tuple(id_ for id_ in going if id_ in older[one])) for one in into]
+        useful = [one.into for one in found if one.older]
+        if useful == into:
+            return tuple(found)
+        into = useful
+
+
+def standing_alone(points: Iterable[Point], ids: Iterable[str]) -> list[Point]:
+    """The points as they would be, were those merged."""
+    merged = set(ids)
+    return [replace(point, parents=()) if point.id in merged else point for point in points]
+
+
+def _before(id_: str, parents: Mapping[str, Sequence[str]], kept: Mapping[str, bool]) -> set[str]:
+    """All that a snapshot is based on; nothing if any of that is kept for its own sake."""
+    found: set[str] = set()
+    to_follow = [id_]
+    while to_follow:
+        for parent in parents[to_follow.pop()]:
+            if kept[parent]:
+                return set()
+            if parent not in found:
+                found.add(parent)
+                to_follow.append(parent)
+    return found
 
 
 def _either(verdicts: Sequence[Verdict]) -> Verdict:

@@ -11,7 +11,7 @@ What an implementation promises:
 - after `commit` returned, the snapshot survives power loss; before, it is not listed, whatever happens;
 - after `abort` nothing of the draft is left or listed; `commit` and `abort` may both be called again;
 - what a dead process left half-written or half-removed is never listed, and is removed by a later `begin` or
-  `remove` for the same VM;
+  `remove` for the same VM; so is a merge that it began finished or undone;
 - what a snapshot or a draft builds on cannot be removed, nor what is protected or being extracted, whatever other
   processes on this host do at the same time.
 Errors are TargetError. Cancelling any of it leaves a draft that `abort` removes; a removal or protection that has
@@ -160,6 +160,16 @@ class Target(abc.ABC):
         """Take a snapshot off the list and free its space; nothing to do if it is gone.
 
         TargetError's code is "protected" if it is, "needed" if another one, or a draft, builds on it.
+        """
+
+    @abc.abstractmethod
+    async def merge(self, snapshot: Snapshot) -> None:
+        """Have a snapshot hold all of its content itself, durably; nothing to do if it does.
+
+        It is the same for all that builds on it, and what it was built on is not needed for it any more. It takes
+        as long, and as much space, as a full backup. TargetError's code is "no-snapshot" if it is gone, "needed"
+        if it is in use, "target-full" if it might not fit, "content-wrong" if what it builds on is damaged; then,
+        and if cancelled before it is published, nothing is changed.
         """
 
     @abc.abstractmethod

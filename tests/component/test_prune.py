@@ -14,19 +14,22 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
+from orchestrator import aio
 from orchestrator.cli.main import main
 from orchestrator.errors import TargetError
-from orchestrator.model import Keep
+from orchestrator.model import Disk, Keep
 from orchestrator.run.prune import prune
 from orchestrator.state import lock
 from orchestrator.target.base import Snapshot, SnapshotDisk
 from orchestrator.target.images import manifest
+from orchestrator.target.images.target import ImagesTarget
 from tests.component.fake_target import FakeTarget
 
 Done = subprocess.CompletedProcess[str]
 Run = Callable[..., Done]
 
 MIB = 1 << 20
+CLUSTER = 64 << 10
 STAMP = "%Y%m%dT%H%M%SZ"
 CONFIG = """\
 [daemon]
@@ -176,6 +179,7 @@ def test_it_is_data_too(run: Run, root: Path) -> None:
             "keep": bool(reason),
             "reasons": [reason or "no rule keeps it"],
             "removed": False,
+            "merged": False,
             "stored_bytes": MIB,
             "error": None,
         }
@@ -289,6 +293,86 @@ def test_a_snapshot_that_cannot_be_read_is_said_and_left_alone(run: Run, root: P
     assert done.returncode == 0
     assert "snapshot.unreadable" in done.stderr
     assert left(root) == ids(*nights(1, 3))
+
+
+# --- vmfleece prune --merge ---
+
+
+async def real_chain(root: Path, length: int) -> list[Snapshot]:
+    """A night's full snapshot and incremental ones; each has a cluster of its own number more."""
+    target = ImagesTarget("main", root)
+    await target.prepare()
+    disk = Disk("vda", "node", "/machine/peripheral/vda", MIB, "raw", None)
+    made: list[Snapshot] = []
+    for day in range(1, length + 1):
+        draft = await target.begin("web01", datetime(2026, 11, day, 12, 30, tzinfo=UTC))
+        sink = await draft.add_disk(disk, compressible=True, parent=made[-1].id if made else None)
+        image = {"driver": "file", "filename": f"/dev/fd/{sink.descriptor}"}
+        options = "json:" + json.dumps({"driver": "qcow2", "backing": None, "file": image})
+        argv = ["qemu-io", options, "-c", f"write -q -P {day} {day * CLUSTER} {CLUSTER}"]
+        await aio.run_process(argv, pass_fds=[sink.descriptor])
+        await draft.seal(disk)
+        made.append(await draft.commit({"kind": "incremental" if made else "full", "run": "0a1b2c3d"}))
+    return made
+
+
+def content_of(day: int) -> bytes:
+    numbers = bytes(range(day + 1)).ljust(MIB // CLUSTER, b"\0")
+    return b"".join(bytes([number]) * CLUSTER for number in numbers)
+
+
+def test_old_ends_of_chains_are_merged_so_that_they_go(run: Run, root: Path, tmp_path: Path) -> None:
+    made = asyncio.run(real_chain(root, 5))
+    assert run("prune").stdout.splitlines()[-1] == "5 kept, 0 removed, 0 B freed"
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    dry = run("prune", "--merge", "--dry-run")
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+    assert [[cell.strip() for cell in row[1:3]] for row in table(dry)] == [
+        *([["remove", f"no rule keeps it, would be merged into {made[3].id}"]] * 3),
+        ["merge", f"last 2, needed by {made[4].id}, would be made to stand alone"],
+        ["keep", "last 1"],
+    ]
+    assert "2 kept, 1 of them would be merged, 3 would be removed, " in dry.stdout
+    done = run("prune", "--merge")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [[cell.strip() for cell in row[1:3]] for row in table(done)] == [
+        *([["remove", f"no rule keeps it, merged into {made[3].id}"]] * 3),
+        ["merge", f"last 2, needed by {made[4].id}, made to stand alone"],
+        ["keep", "last 1"],
+    ]
+    assert "2 kept, 1 of them merged, 3 removed, " in done.stdout
+    assert left(root) == ids(*made[3:])
+    for day, one in ((4, made[3]), (5, made[4])):
+        out = tmp_path / f"{day}.raw"
+        assert run("restore", one.id, "--disk", "vda", "--to", str(out)).returncode == 0
+        assert out.read_bytes() == content_of(day)
+    again = run("prune", "--merge")
+    assert again.stdout.splitlines()[-1] == "2 kept, 0 removed, 0 B freed"
+
+
+def test_what_was_merged_is_data_too(run: Run, root: Path) -> None:
+    asyncio.run(real_chain(root, 3))
+    for dry_run in (True, False):
+        done = run("prune", "--merge", "--json", *(["--dry-run"] if dry_run else []))
+        rows = json.loads(done.stdout)["snapshots"]
+        assert [row["keep"] for row in rows] == [False, True, True]
+        assert [row["merged"] for row in rows] == [False, not dry_run, False]
+        assert [row["removed"] for row in rows] == [not dry_run, False, False]
+
+
+def test_a_damaged_chain_is_not_merged_and_says_so(run: Run, root: Path) -> None:
+    made = asyncio.run(real_chain(root, 4))
+    (root / made[1].id / "vda.qcow2").write_bytes(b"QFI\xfb")
+    there = left(root)
+    done = run("prune", "--merge")
+    assert done.returncode == 1
+    assert [row[1].strip() for row in table(done)] == ["keep", "keep", "failed", "keep"]
+    assert f"in snapshot {made[1].id} is damaged" in done.stdout
+    assert "merge.failed" in done.stderr
+    assert "4 kept, 0 removed, 0 B freed" in done.stdout
+    assert left(root) == there
+    rows = json.loads(run("prune", "--merge", "--json").stdout)["snapshots"]
+    assert [row["error"]["code"] if row["error"] else None for row in rows] == [None, None, "content-wrong", None]
 
 
 # --- vmfleece snapshot protect, forget, list ---
@@ -463,6 +547,81 @@ async def test_one_that_fails_is_in_the_result_and_in_the_log(target: FakeTarget
     assert [line["event"] for line in lines] == ["removal.failed", "snapshot.removed", "prune.finished"]
     assert (lines[0]["code"], lines[0]["snapshot"]) == ("target-unwritable", night(2).id)
     assert lines[-1]["failed"] == [night(2).id]
+
+
+def chained(first: int, last: int) -> list[Snapshot]:
+    made = [night(first)]
+    for day in range(first + 1, last + 1):
+        made.append(night(day, parent=made[-1]))
+    return made
+
+
+async def test_merging_is_logged_and_frees_what_was_only_needed(target: FakeTarget) -> None:
+    target.listed = chained(1, 4)
+    with capture_logs() as lines:
+        result = await prune(target, "web01", KEEP_LAST, merge=True)
+    assert [one.id for one in target.listed] == [night(4).id]
+    assert target.listed[0].parents == ()
+    assert [(one.keep, one.merged, one.reasons) for one in result.snapshots] == [
+        *([(False, False, ("no rule keeps it", f"merged into {night(4).id}"))] * 3),
+        (True, True, ("last 1", "made to stand alone")),
+    ]
+    assert [line["event"] for line in lines] == ["snapshot.merged", *["snapshot.removed"] * 3, "prune.finished"]
+    of_vm: dict[str, Any] = {"vm": "web01", "target": "main", "log_level": "info"}
+    assert lines[0] == of_vm | {"event": "snapshot.merged", "snapshot": night(4).id}
+
+
+async def test_what_is_in_use_is_merged_another_time_without_failing(target: FakeTarget) -> None:
+    target.listed = chained(1, 3)
+
+    def in_use(step: str) -> None:
+        if step == "merge":
+            raise TargetError("snapshot 3 is being restored", code="needed")
+
+    target.before = in_use
+    with capture_logs() as lines:
+        result = await prune(target, "web01", KEEP_LAST, merge=True)
+    assert target.listed == chained(1, 3)
+    assert [(one.keep, one.merged, one.error) for one in result.snapshots] == [(True, False, None)] * 3
+    assert result.snapshots[2].reasons == ("last 1", "snapshot 3 is being restored")
+    assert [line["event"] for line in lines] == ["prune.finished"]
+
+
+async def test_one_that_cannot_be_merged_does_not_save_the_other_chains(target: FakeTarget) -> None:
+    target.listed = [*chained(1, 3), *chained(4, 6)]
+    target.listed[2] = replace(target.listed[2], protected=True)
+    merging = iter([True, False])
+
+    def full(step: str) -> None:
+        if step == "merge" and next(merging):
+            raise TargetError("target main: no space", hint="free some", code="target-full")
+
+    target.before = full
+    with capture_logs() as lines:
+        result = await prune(target, "web01", KEEP_LAST, merge=True)
+    assert [one.id for one in target.listed] == ids(*nights(1, 3), night(6))
+    assert [(one.keep, one.merged, bool(one.error)) for one in result.snapshots] == [
+        *([(True, False, False)] * 2),
+        (True, False, True),
+        *([(False, False, False)] * 2),
+        (True, True, False),
+    ]
+    assert [line["event"] for line in lines][:2] == ["merge.failed", "snapshot.merged"]
+    assert (lines[0]["code"], lines[-1]["failed"]) == ("target-full", [night(3).id])
+
+
+async def test_what_was_protected_or_built_on_while_it_was_merged_stays(target: FakeTarget) -> None:
+    target.listed = chained(1, 4)
+
+    def meanwhile(step: str) -> None:
+        if step == "merge":
+            target.listed[0] = replace(target.listed[0], protected=True)
+            target.listed.append(night(5, parent=target.listed[1]))
+
+    target.before = meanwhile
+    result = await prune(target, "web01", KEEP_LAST, merge=True)
+    assert [one.snapshot.id for one in result.snapshots if one.removed] == ids(*nights(3, 4))
+    assert [one.id for one in target.listed] == ids(*nights(1, 2), night(5))
 
 
 async def test_cancelled_it_leaves_the_rest(target: FakeTarget) -> None:

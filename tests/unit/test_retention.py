@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from orchestrator.config.properties import KEEP_ALLOWED, parse_keep
 from orchestrator.model import Keep
-from orchestrator.run.retention import Point, Verdict, decide, decide_all
+from orchestrator.run.retention import Merge, Point, Verdict, decide, decide_all, merges, standing_alone
 
 BERLIN = ZoneInfo("Europe/Berlin")
 PERIODS = {
@@ -556,6 +556,85 @@ def test_removed_oldest_last_no_chain_is_broken_on_the_way(history: list[Point],
         if not verdict.keep:
             there.remove(verdict.id)
             assert all(parents[each] <= there for each in there)
+
+
+# --- merging ---
+
+
+def based(text: str) -> list[Point]:
+    """Points of a night each, as "a b<a c<b,a !d": what each is based on, and which is protected."""
+    found = []
+    for day, word in enumerate(text.split(), start=1):
+        name, _, parents = word.removeprefix("!").partition("<")
+        moment = datetime(2026, 11, day, 2, 30, tzinfo=UTC)
+        found.append(Point(name, moment, tuple(filter(None, parents.split(","))), word.startswith("!")))
+    return found
+
+
+def merged(text: str, keep: str) -> dict[str, str]:
+    return {one.into: "".join(one.older) for one in merges(based(text), [parse_keep(keep)], BERLIN)}
+
+
+@pytest.mark.parametrize(
+    ("text", "keep", "expected"),
+    [
+        pytest.param("a b<a c<b d<c", "keep-last=2", {"c": "ab"}, id="a chain's first kept point takes over"),
+        pytest.param("a b<a c<b d<c", "keep-last=1", {"d": "abc"}, id="its newest, if only that stays"),
+        pytest.param("a b<a c<b d<c", "keep-last=4", {}, id="nothing would go"),
+        pytest.param("a b<a c<b d<c", "keep-all=1", {}, id="everything is kept"),
+        pytest.param("a b c", "keep-last=1", {}, id="no chains"),
+        pytest.param("!a b<a c<b d<c", "keep-last=1", {}, id="its first is protected: a later one is not merged"),
+        pytest.param("a !b<a c<b d<c", "keep-last=1", {"b": "a"}, id="a protected one counts as kept"),
+        pytest.param("a b<a c d<c e<d", "keep-last=1", {"e": "cd"}, id="the older chain goes anyway"),
+        pytest.param("a b<a !c<b d e<d f<e", "keep-last=1", {"c": "ab", "f": "de"}, id="several chains"),
+        pytest.param("a b<a c<a", "keep-last=2", {"b": "a", "c": "a"}, id="two that build on one"),
+        pytest.param("a b<a c<b,a d<c", "keep-last=3", {}, id="another disk of a later one needs it"),
+        pytest.param("a b c<a,b d<c", "keep-last=2", {"c": "ab"}, id="each disk is based on another one"),
+        pytest.param("a !b c<a,b d<c", "keep-last=2", {}, id="one of its disks is based on a kept one"),
+        pytest.param("b<a c<b", "keep-last=1", {"c": "b"}, id="the first of it is gone"),
+        pytest.param("b<a", "keep-last=1", {}, id="all of it is gone"),
+        pytest.param("a<b b<a c<b", "keep-last=1", {"c": "ab"}, id="damaged, in circles"),
+    ],
+)
+def test_what_is_worth_merging(text: str, keep: str, expected: dict[str, str]) -> None:
+    assert merged(text, keep) == expected
+
+
+def test_without_policies_nothing_is_merged() -> None:
+    assert merges(based("a b<a c<b"), [], BERLIN) == ()
+
+
+@given(histories(), st.lists(KEEPS, min_size=1, max_size=2))
+def test_merging_frees_what_it_says_and_nothing_kept_for_its_own_sake(
+    history: list[Point], keeps: list[Keep]
+) -> None:
+    found = merges(history, keeps, BERLIN)
+    for_itself = set(staying(decide_all([replace(each, parents=()) for each in history], keeps, BERLIN)))
+    before = set(staying(decide_all(history, keeps, BERLIN)))
+    after_merging = standing_alone(history, [one.into for one in found])
+    after = set(staying(decide_all(after_merging, keeps, BERLIN)))
+    assert for_itself <= after <= before
+    assert before - after == {id_ for one in found for id_ in one.older}
+    assert {one.into for one in found} <= for_itself
+    for one in found:  # each of them is worth it, and none is merged without need
+        assert one.older
+        rest = standing_alone(history, [other.into for other in found if other != one])
+        assert set(staying(decide_all(rest, keeps, BERLIN))) >= after
+    left = [each for each in after_merging if each.id in after]
+    assert {parent for each in left for parent in each.parents} & {each.id for each in history} <= after
+    assert merges(left, keeps, BERLIN) == ()
+
+
+@given(histories(), KEEPS)
+def test_a_chain_of_which_only_the_end_is_kept_is_freed_whole(history: list[Point], keep: Keep) -> None:
+    chain = [
+        replace(each, parents=tuple(one.id for one in history[number - 1 : number]), protected=False)
+        for number, each in enumerate(history)
+    ]
+    found = merges(chain, [keep], BERLIN)
+    for_itself = staying(decide([replace(each, parents=()) for each in chain], keep, BERLIN))
+    older = [each.id for each in chain[: [each.id for each in chain].index(for_itself[0])]] if chain else []
+    assert found == ((Merge(for_itself[0], tuple(older)),) if older else ())
 
 
 # Both peers, written down from their documentation. tests/peer asks restic itself.

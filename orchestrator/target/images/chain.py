@@ -8,18 +8,19 @@ manifest only once it has it: nobody removes or changes the images meanwhile.
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import io
 import os
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator import aio
 from orchestrator.errors import TargetError, ToolError
 from orchestrator.qemu import tools
-from orchestrator.target.base import SnapshotDisk
+from orchestrator.target.base import Snapshot, SnapshotDisk
 from orchestrator.target.images import locks, manifest, qcow2
 from orchestrator.target.images.errors import explained, gone
 
@@ -35,50 +36,87 @@ class Link:
     disk: SnapshotDisk
 
 
-@dataclass(slots=True)
-class _Held:
-    """The links, newest first, and their folders' locks."""
+class Held:
+    """A snapshot's disks and all that they are read from. Its folder is as it is until `let_go`."""
 
-    links: list[Link] = field(default_factory=list)
-    locks: list[int] = field(default_factory=list)
+    def __init__(self, vm_folder: Path, snapshot: str, disks: Iterable[str], *, target: str) -> None:
+        self._vm_folder = vm_folder
+        self._target = target
+        self._locks: dict[str, int] = {}
+        self._known: dict[str, Snapshot] = {}
+        try:
+            found = self._look(snapshot)
+            if found is None:
+                raise gone(snapshot)
+            self.snapshot = found
+            self.links = {disk: tuple(self._follow(found, disk)) for disk in disks}
+            """Of each disk, newest first."""
+        except BaseException:
+            self._close()
+            raise
+
+    @property
+    def folder(self) -> Path:
+        """Where the snapshot is."""
+        return self._folder(self.snapshot.id)
+
+    def lock_alone(self) -> bool:
+        """Whether nobody else has the snapshot's folder; then it is ours alone, else it is held no longer."""
+        try:
+            fcntl.flock(self._locks[self.snapshot.id], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     async def let_go(self) -> None:
-        while self.locks:
-            os.close(self.locks.pop())
+        """Give the folders back."""
+        self._close()
+
+    def _close(self) -> None:
+        while self._locks:
+            os.close(self._locks.popitem()[1])
+
+    def _folder(self, snapshot: str) -> Path:
+        return self._vm_folder / snapshot.rpartition("/")[2]
+
+    def _look(self, snapshot: str) -> Snapshot | None:
+        """Hold a snapshot, and read its manifest after that; None if it is gone."""
+        if snapshot not in self._known:
+            folder = self._folder(snapshot)
+            with explained(self._target, folder):
+                lock = locks.hold(folder)
+            if lock is None:
+                return None
+            self._locks[snapshot] = lock
+            self._known[snapshot] = manifest.read(folder / manifest.NAME, target=self._target)
+        return self._known[snapshot]
+
+    def _follow(self, newest: Snapshot, disk: str) -> Iterator[Link]:
+        one, seen = newest, set[str]()
+        while True:
+            seen.add(one.id)
+            link = Link(one.id, self._folder(one.id) / manifest.disk_file(disk), one.disk(disk))
+            yield link
+            if link.disk.parent is None:
+                return
+            parent = self._look(link.disk.parent) if link.disk.parent not in seen else None
+            if parent is None:
+                raise _missing(one.id, link.disk.parent)
+            one = parent
 
 
 @contextlib.asynccontextmanager
-async def held(vm_folder: Path, snapshot: str, disk: str, *, target: str) -> AsyncIterator[Sequence[Link]]:
-    """All that a snapshot's disk is read from, newest first, kept as it is for the block.
+async def held(vm_folder: Path, snapshot: str, disks: Iterable[str], *, target: str) -> AsyncIterator[Held]:
+    """All that a snapshot's disks are read from, kept as it is for the block.
 
     TargetError's code is "no-snapshot" if the snapshot is gone, "content-wrong" if something that it builds on is.
     """
-    found = await aio.acquire(asyncio.to_thread(_hold, vm_folder, snapshot, disk, target), _Held.let_go)
+    holding = asyncio.to_thread(Held, vm_folder, snapshot, disks, target=target)
+    found = await aio.acquire(holding, Held.let_go)
     try:
-        yield tuple(found.links)
+        yield found
     finally:
         await found.let_go()
-
-
-def _hold(vm_folder: Path, snapshot: str, disk: str, target: str) -> _Held:
-    found = _Held()
-    try:
-        wanted: str | None = snapshot
-        while wanted is not None:
-            folder = vm_folder / wanted.rpartition("/")[2]
-            with explained(target, folder):
-                lock = locks.hold(folder) if wanted not in {link.snapshot for link in found.links} else None
-            if lock is None:
-                raise _missing(found.links[-1].snapshot, wanted) if found.links else gone(wanted)
-            found.locks.append(lock)
-            read = manifest.read(folder / manifest.NAME, target=target)
-            found.links.append(Link(read.id, folder / manifest.disk_file(disk), read.disk(disk)))
-            wanted = found.links[-1].disk.parent
-    except BaseException:
-        while found.locks:
-            os.close(found.locks.pop())
-        raise
-    return found
 
 
 async def read(links: Sequence[Link], reading: Coroutine[Any, Any, None]) -> str:

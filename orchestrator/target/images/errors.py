@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from orchestrator.errors import TargetError
+from orchestrator.errors import TargetError, ToolError
 
 FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+EMPTY_QCOW2_BYTES = 1 << 20
 
 
 def gone(snapshot: str) -> TargetError:
@@ -31,3 +33,14 @@ def explained(target: str, path: Path) -> Iterator[None]:
             else "the path must be a folder that vmfleece may write to",
             code="target-full" if full else "target-unwritable",
         ) from error
+
+
+def unwritten(error: ToolError, descriptor: int, *, target: str) -> TargetError:
+    """Why a tool could not write an open file on a target."""
+    status = os.fstatvfs(descriptor)
+    full = status.f_bavail * status.f_frsize < EMPTY_QCOW2_BYTES
+    return TargetError(
+        f"target {target}: {error.message}",
+        hint="free some space or prune old snapshots" if full else error.hint,
+        code="target-full" if full else "target-unwritable",
+    )

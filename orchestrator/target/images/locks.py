@@ -34,14 +34,22 @@ def locked(path: Path, how: int) -> int:
 
 
 @contextlib.contextmanager
-def settled(folder: Path) -> Iterator[bool]:
-    """Nobody else protects, changes or removes a snapshot of the VM; the block is told if this one is there."""
+def alone(vm_folder: Path) -> Iterator[None]:
+    """Nobody else protects, changes or removes a snapshot of the VM. Raises FileNotFoundError if it has none."""
+    lock = locked(vm_folder, fcntl.LOCK_EX)
     try:
-        lock = locked(folder.parent, fcntl.LOCK_EX)
-    except FileNotFoundError:
-        yield False
-        return
-    try:
-        yield folder.is_dir()
+        yield
     finally:
         os.close(lock)
+
+
+@contextlib.contextmanager
+def settled(folder: Path) -> Iterator[bool]:
+    """As `alone` with the VM of a snapshot; the block is told if that is there."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(alone(folder.parent))
+        except FileNotFoundError:
+            yield False
+        else:
+            yield folder.is_dir()

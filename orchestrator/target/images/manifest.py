@@ -40,6 +40,13 @@ def encode(snapshot: Snapshot) -> bytes:
     return (json.dumps(document, indent=2) + "\n").encode()
 
 
+def rewritten(path: Path, snapshot: Snapshot) -> bytes:
+    """The file's content with what is said of the snapshot now; what else is in it is kept. Raises OSError."""
+    old, new = json.loads(path.read_bytes()), json.loads(encode(snapshot))
+    new["disks"] = [before | now for before, now in zip(old["disks"], new["disks"], strict=True)]
+    return (json.dumps(old | new, indent=2) + "\n").encode()
+
+
 def read(path: Path, *, target: str) -> Snapshot:
     """The snapshot that a manifest describes. Raises TargetError if it cannot be read, or is of a later version.
 

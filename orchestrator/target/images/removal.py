@@ -15,7 +15,7 @@ import structlog
 
 from orchestrator.errors import TargetError
 from orchestrator.target import durable
-from orchestrator.target.images import locks, manifest, qcow2
+from orchestrator.target.images import locks, manifest, merging, qcow2
 
 log = structlog.get_logger(__name__)
 
@@ -62,6 +62,7 @@ def remove(folder: Path, *, target: str) -> Stays | None:
         if there:
             if is_protected(folder):
                 return Stays(protected=True)
+            merging.settle_locked(folder.parent, target=target)  # what it has merged is not built on any more
             try:
                 lock = locks.locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -90,6 +91,10 @@ def clear(vm_folder: Path, *, target: str) -> None:
             continue  # who writes or deletes it lives
         except OSError as error:
             log.warning("draft.unremovable", target=target, path=str(left), error=str(error))
+    try:
+        merging.settle(vm_folder, target=target)
+    except OSError as error:
+        log.warning("draft.unremovable", target=target, path=str(vm_folder), error=str(error))
 
 
 def _delete(folder: Path, *, wait: bool = True) -> bool:
@@ -106,18 +111,26 @@ def _delete(folder: Path, *, wait: bool = True) -> bool:
 
 
 def _built_on(folder: Path) -> tuple[str, ...]:
-    """The names of the VM's other folders whose images build on this one, oldest first.
+    """The names of the VM's other folders whose images build on this one, oldest first."""
+    others = (one for one in sorted(folder.parent.iterdir()) if one != folder and is_listed(one) and one.is_dir())
+    return tuple(other.name for other in others if folder.name in _parents(other))
 
-    A folder's manifest says so, or its images where that cannot be read: those can still be restored by hand.
+
+def _parents(folder: Path) -> set[str]:
+    """The names of the folders that one's images build on, as its manifest says, and as they say.
+
+    Where the manifest cannot be read, they can still be restored by hand; where a merge is not finished, they are
+    still read through what they were built on. Only there must it be known what they say: else OSError.
     """
-    found = []
-    for other in sorted(folder.parent.iterdir()):
-        if other == folder or not is_listed(other) or not other.is_dir():
-            continue
+    try:
+        parents = {one.rpartition("/")[2] for one in manifest.read(folder / manifest.NAME, target="").parents}
+        certain = not any(folder.glob(f"*{merging.MERGED}"))
+    except TargetError:
+        parents, certain = set(), False
+    for image in folder.glob("*.qcow2"):
         try:
-            parents = {one.rpartition("/")[2] for one in manifest.read(other / manifest.NAME, target="").parents}
-        except TargetError:
-            parents = {PurePosixPath(qcow2.backing_name(image)).parent.name for image in other.glob("*.qcow2")}
-        if folder.name in parents:
-            found.append(other.name)
-    return tuple(found)
+            parents.add(PurePosixPath(qcow2.backing_name(image)).parent.name)
+        except OSError:
+            if not certain:
+                raise
+    return parents

@@ -25,13 +25,12 @@ from orchestrator.model import Compression, Disk
 from orchestrator.qemu import tools
 from orchestrator.target import durable
 from orchestrator.target.base import Draft, Sink, Snapshot, SnapshotDisk, Target
-from orchestrator.target.images import chain, locks, manifest, removal
-from orchestrator.target.images.errors import explained, gone
+from orchestrator.target.images import chain, locks, manifest, merging, removal
+from orchestrator.target.images.errors import explained, gone, unwritten
 
 log = structlog.get_logger(__name__)
 
 STAMP = "%Y%m%dT%H%M%SZ"
-EMPTY_QCOW2_BYTES = 1 << 20
 DISK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
@@ -117,11 +116,14 @@ class ImagesTarget(Target):
 
     async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> str:
         into_existing = await asyncio.to_thread(to.is_block_device)
-        async with chain.held(self.path / snapshot.vm, snapshot.id, disk, target=self.name) as links:
-            source = links[0].image
-            return await chain.read(
-                links, tools.convert(source, "qcow2", to, image_format, into_existing=into_existing)
-            )
+        async with chain.held(self.path / snapshot.vm, snapshot.id, [disk], target=self.name) as held:
+            links = held.links[disk]
+            reading = tools.convert(links[0].image, "qcow2", to, image_format, into_existing=into_existing)
+            return await chain.read(links, reading)
+
+    async def merge(self, snapshot: Snapshot) -> None:
+        with explained(self.name, self.path / snapshot.id):
+            await merging.merge(self.path / snapshot.vm, snapshot, target=self.name)
 
     async def remove(self, snapshot: Snapshot) -> None:
         await aio.finish(asyncio.to_thread(self._remove, snapshot))
@@ -213,13 +215,7 @@ class ImagesDraft(Draft):
         try:
             await tools.create_qcow2(self._images[disk.id], disk.size_bytes, options=options, backing=backing)
         except ToolError as error:
-            status = os.fstatvfs(self._images[disk.id])
-            full = status.f_bavail * status.f_frsize < EMPTY_QCOW2_BYTES
-            raise TargetError(
-                f"target {self._target}: {error.message}",
-                hint="free some space or prune old snapshots" if full else error.hint,
-                code="target-full" if full else "target-unwritable",
-            ) from error
+            raise unwritten(error, self._images[disk.id], target=self._target) from error
         return Sink(self._images[disk.id], compress)
 
     def _hold(self, parent: str) -> None:
