@@ -102,7 +102,8 @@ async def backed_up(host: Host) -> RunResult:
 async def assert_restores(host: Host, *, writes: int) -> None:
     """The newest snapshot is the moment after so many writes, on all disks."""
     for disk, path in (await host.restored()).items():
-        assert path.read_bytes() == content(writes), f"disk {disk} is not as after {writes} writes"
+        right = path.read_bytes() == content(writes)
+        assert right, f"disk {disk} is not as after {writes} writes"
 
 
 def copied(result: RunResult) -> set[int]:
