@@ -109,9 +109,12 @@ def _print(pruned: Sequence[Pruned], *, dry_run: bool) -> None:
         table.add_row(one.snapshot.id, what, why, one.snapshot.target)
     render.print_table(table)
     removed = [one.snapshot for one in pruned if one.removed]
-    freed = format_size(sum(snapshot.stored_bytes for snapshot in removed))
+    grown_bytes = sum(one.grown_bytes for one in pruned)
+    freed = format_size(max(0, sum(snapshot.stored_bytes for snapshot in removed) - grown_bytes))
     would_be = "would be " if dry_run else ""
     kept = sum(one.keep for one in pruned)
     merged = sum(one.merged for one in pruned)
+    if dry_run and merged:  # how much the merged ones will grow is known only then
+        freed = f"at most {freed}"
     kept_how = f"{kept} kept, {merged} of them {would_be}merged" if merged else f"{kept} kept"
     render.print_line(f"{kept_how}, {len(removed)} {would_be}removed, {freed} {would_be}freed")

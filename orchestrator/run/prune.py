@@ -5,7 +5,7 @@ Merging comes first: what goes is decided anew from what the target then lists, 
 Whatever stops it, every snapshot is there whole or not listed, and the next time goes on where it ended.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import tzinfo
 
@@ -26,7 +26,8 @@ REFUSALS = ("needed", "protected")
 class Pruned:
     """What became of a snapshot. With neither `keep` nor `error` it was removed, or in a dry run would be.
 
-    `merged`: it was made to stand alone, or would be. With `keep` and `error`, that failed.
+    `merged`: it was made to stand alone, or would be, and occupies `grown_bytes` more now. With `keep` and `error`,
+    that failed.
     """
 
     snapshot: Snapshot
@@ -34,6 +35,7 @@ class Pruned:
     reasons: tuple[str, ...]
     error: ErrorReport | None = None
     merged: bool = False
+    grown_bytes: int = 0
 
     @property
     def removed(self) -> bool:
@@ -66,6 +68,7 @@ async def prune(
     that is under way, undoes a merge or finishes it, and leaves the rest.
     """
     listed = await target.snapshots(vm)
+    stored = {one.id: one.stored_bytes for one in listed}
     planned = merges([_point(snapshot) for snapshot in listed], keeps, zone) if merge else ()
     failed: dict[str, TargetError] = {}
     if planned and not dry_run:
@@ -77,7 +80,7 @@ async def prune(
     by_id = {snapshot.id: snapshot for snapshot in listed}
     result = {one.id: Pruned(by_id[one.id], one.keep, one.reasons) for one in verdicts}
     for one in done:
-        _say(result, one, dry_run=dry_run)
+        _say(result, one, stored, dry_run=dry_run)
     if keeps and not dry_run:
         result |= await _remove_all(target, [result[one.id] for one in reversed(verdicts) if not one.keep])
     for id_, error in failed.items():
@@ -120,15 +123,19 @@ async def _merge_all(
     return failed
 
 
-def _say(result: dict[str, Pruned], merge: Merge, *, dry_run: bool) -> None:
-    """Give the reasons of a merge. Another may have removed what it was about meanwhile."""
+def _say(result: dict[str, Pruned], merge: Merge, stored: Mapping[str, int], *, dry_run: bool) -> None:
+    """Give the reasons of a merge. Somebody may have removed or protected what it was about meanwhile.
+
+    `stored`: what each occupied before, in bytes.
+    """
     for id_ in (merge.into, *merge.older):
         one = result.get(id_)
         if one is None or one.keep != (id_ == merge.into):
             continue
         tense = "would be " if dry_run else ""
         reason = f"{tense}made to stand alone" if one.keep else f"{tense}merged into {merge.into}"
-        result[id_] = replace(one, reasons=(*one.reasons, reason), merged=one.keep)
+        grown_bytes = one.snapshot.stored_bytes - stored[id_] if one.keep else 0
+        result[id_] = replace(one, reasons=(*one.reasons, reason), merged=one.keep, grown_bytes=grown_bytes)
 
 
 def _unmerged(one: Pruned, error: TargetError) -> Pruned:

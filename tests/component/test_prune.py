@@ -23,6 +23,7 @@ from orchestrator.state import lock
 from orchestrator.target.base import Snapshot, SnapshotDisk
 from orchestrator.target.images import manifest
 from orchestrator.target.images.target import ImagesTarget
+from orchestrator.units import format_size
 from tests.component.fake_target import FakeTarget
 
 Done = subprocess.CompletedProcess[str]
@@ -332,7 +333,11 @@ def test_old_ends_of_chains_are_merged_so_that_they_go(run: Run, root: Path, tmp
         ["merge", f"last 2, needed by {made[4].id}, would be made to stand alone"],
         ["keep", "last 1"],
     ]
-    assert "2 kept, 1 of them would be merged, 3 would be removed, " in dry.stdout
+    stored = sum(one.stored_bytes for one in made)
+    most = format_size(stored - sum(one.stored_bytes for one in made[3:]))
+    assert dry.stdout.splitlines()[-1] == (
+        f"2 kept, 1 of them would be merged, 3 would be removed, at most {most} would be freed"
+    )
     done = run("prune", "--merge")
     assert (done.returncode, done.stderr) == (0, "")
     assert [[cell.strip() for cell in row[1:3]] for row in table(done)] == [
@@ -340,7 +345,9 @@ def test_old_ends_of_chains_are_merged_so_that_they_go(run: Run, root: Path, tmp
         ["merge", f"last 2, needed by {made[4].id}, made to stand alone"],
         ["keep", "last 1"],
     ]
-    assert "2 kept, 1 of them merged, 3 removed, " in done.stdout
+    freed = stored - sum(one.stored_bytes for one in asyncio.run(ImagesTarget("main", root).snapshots()))
+    assert 0 < freed < stored - made[4].stored_bytes
+    assert done.stdout.splitlines()[-1] == f"2 kept, 1 of them merged, 3 removed, {format_size(freed)} freed"
     assert left(root) == ids(*made[3:])
     for day, one in ((4, made[3]), (5, made[4])):
         out = tmp_path / f"{day}.raw"

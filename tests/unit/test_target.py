@@ -280,7 +280,7 @@ async def test_what_is_read_is_not_removed_meanwhile(
     monkeypatch.setattr(images_module.tools, "convert", removing)
     await target.extract(points[-1], "vda", to=tmp_path / "out", image_format="raw")
     assert [error.code for error in refusals] == ["needed"] * 3
-    assert "a backup or a restore of web01 that is under way" in refusals[0].message
+    assert "a backup, a restore or a merge of web01 that is under way" in refusals[0].message
     assert open_files(root) == set()
     for one in reversed(points):
         await target.remove(one)

@@ -142,7 +142,8 @@ class ImagesTarget(Target):
             )
         if not stays.needed_by:
             raise TargetError(
-                f"snapshot {snapshot.id} is needed by a backup or a restore of {snapshot.vm} that is under way",
+                f"snapshot {snapshot.id} is needed by a backup, a restore or a merge of {snapshot.vm}"
+                " that is under way",
                 hint="try again when it has ended",
                 code="needed",
             )
