@@ -26,8 +26,8 @@ REFUSALS = ("needed", "protected")
 class Pruned:
     """What became of a snapshot. With neither `keep` nor `error` it was removed, or in a dry run would be.
 
-    `merged`: it was made to stand alone, or would be, and has grown by `grown_bytes`. With `keep` and `error`, that
-    failed.
+    `merged`: it was made to stand alone, or would be, and has grown by `grown_bytes`. With `keep` and `error`:
+    that failed.
     """
 
     snapshot: Snapshot
