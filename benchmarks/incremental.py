@@ -1,0 +1,174 @@
+"""How long an incremental backup takes beside a full one: `python -m benchmarks.incremental` (`--gib 1`: quickly).
+
+A guest with one qcow2 disk that is full of random data, backed up with fleecing to an images target. 1 % of its
+blocks of 64 KiB, scattered, are changed through QEMU as the guest would, and it is backed up again, three times.
+Prints where the time goes; trust the ratio, not the seconds. Needs three times the disk's size of space in the
+temporary folder.
+"""
+
+import argparse
+import asyncio
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from orchestrator import config
+from orchestrator.cli.main import run_async
+from orchestrator.model import Fleecing, RunOptions, RunResult
+from orchestrator.service import engine
+from orchestrator.units import GIB, MIB, format_size
+from tests.guest import images
+from tests.guest.vm import DiskSpec, GuestVm, Workload
+
+BLOCK_BYTES = 64 << 10
+CHANGED_SHARE = 0.01
+INCREMENTALS = 3
+WANTED_RATIO = 0.05
+
+CONFIG = """
+[daemon]
+state_dir = "{folder}/state"
+run_dir = "{folder}/run"
+[storage.local]
+path = "{folder}/fleecing"
+quota = "{quota_gib}GiB"
+min_free = "64MiB"
+[target.main]
+path = "{folder}/backups"
+[vm.bench]
+qmp = "{socket}"
+"""
+
+ENDS = {
+    "admission": ("run.phase", "preparing"),
+    "preparing": ("run.phase", "snapshotting"),
+    "snapshot": ("run.phase", "copying"),
+    "copy": ("disk.copied", None),
+    "seal": ("run.phase", "committing"),
+    "commit": ("run.phase", "cleaning"),
+    "cleaning up": ("run.finished", None),
+}
+"""The parts of a run, in this order, and the event that ends each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A backup that succeeded: its seconds, in all and by part."""
+
+    name: str
+    seconds: float
+    copied_bytes: int
+    parts: dict[str, float]
+
+
+class Clock:
+    """Notes when each event was logged, and prints none."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[float, MutableMapping[str, Any]]] = []
+
+    def __call__(self, _logger: object, _method: str, event: MutableMapping[str, Any]) -> str:
+        self.events.append((time.monotonic(), event))
+        raise structlog.DropEvent
+
+    def parts(self, since: float) -> dict[str, float]:
+        """The seconds of each part of the one run that was logged since."""
+        found = {}
+        for part, (name, phase) in ENDS.items():
+            end = next(
+                at
+                for at, event in self.events
+                if at >= since and event["event"] == name and phase in (None, event.get("phase"))
+            )
+            found[part], since = end - since, end
+        return found
+
+
+async def main(gib: int) -> int:
+    """Measure, print, and say with the exit code whether the ratio is as wanted."""
+    clock = Clock()
+    structlog.configure(processors=[clock])
+    with tempfile.TemporaryDirectory(prefix="vmfleece-bench-") as name:
+        folder = Path(name)
+        image = folder / "vda.qcow2"
+        await fill(image, gib * GIB)
+        disk = DiskSpec("vda", gib * GIB, iothread=True, image=image)
+        async with GuestVm(folder / "vm", [disk], Workload("idle")) as vm:
+            await vm.wait_ready()
+            file = folder / "vmfleece.toml"
+            file.write_text(CONFIG.format(folder=folder, quota_gib=2 * gib, socket=vm.product_socket))
+            async with engine.opened(config.load(file)) as opened:
+                rows = [await measured("full", opened, clock)]
+                for number in range(1, INCREMENTALS + 1):
+                    await change(vm, gib * GIB, number)
+                    rows.append(await measured(f"incremental {number}", opened, clock))
+    return report(rows, gib)
+
+
+async def fill(image: Path, size_bytes: int) -> None:
+    """Make an image in which every block has data that nothing can compress."""
+    raw = image.with_suffix(".raw")
+    await asyncio.to_thread(_write_random, raw, size_bytes)
+    await images.run_tool(
+        *("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(image)), deadline_seconds=1200
+    )
+    raw.unlink()
+
+
+def _write_random(path: Path, size_bytes: int) -> None:
+    source = random.Random(1)
+    with path.open("wb") as file:
+        for _ in range(size_bytes // MIB):
+            file.write(source.randbytes(MIB))
+
+
+async def change(vm: GuestVm, size_bytes: int, seed: int) -> None:
+    """Write to 1 % of the blocks, chosen at random, through the device, whatever node it is on."""
+    blocks, device = size_bytes // BLOCK_BYTES, vm._qdevs["vda"]
+    for block in random.Random(seed).sample(range(blocks), round(blocks * CHANGED_SHARE)):
+        line = f'qemu-io -d {device} "write -q -P {seed} {block * BLOCK_BYTES} {BLOCK_BYTES}"'
+        said = await vm.execute("human-monitor-command", {"command-line": line})
+        if said.strip():
+            raise RuntimeError(f"{line}: {said}")
+
+
+async def measured(name: str, opened: engine.Engine, clock: Clock) -> Measured:
+    """Back up, and fail unless it is what it has to be."""
+    since = time.monotonic()
+    options = RunOptions("main", Fleecing(storage="local"))
+    result: RunResult = await opened.back_up("bench", options, on_progress=lambda _: None)
+    seconds = time.monotonic() - since
+    if result.error is not None or str(result.kind) != name.partition(" ")[0]:
+        raise RuntimeError(f"{name}: {result}")
+    return Measured(name, seconds, sum(disk.copied_bytes for disk in result.disks), clock.parts(since))
+
+
+def report(rows: list[Measured], gib: int) -> int:
+    """Print the table and the ratio."""
+    full, *incremental = rows
+    print(f"Disk of {gib} GiB, full of data; {CHANGED_SHARE:.0%} of its blocks changed before each incremental.\n")
+    print(f"| backup | copied | seconds | of the full | {' | '.join(ENDS)} |")
+    print(f"|---|---|---|---|{'---|' * len(ENDS)}")
+    for row in rows:
+        parts = " | ".join(f"{seconds:.2f}" for seconds in row.parts.values())
+        share = f"{row.seconds / full.seconds:.1%}"
+        print(f"| {row.name} | {format_size(row.copied_bytes)} | {row.seconds:.2f} | {share} | {parts} |")
+    ratio = statistics.median(row.seconds for row in incremental) / full.seconds
+    print(f"\nIncremental (median): {ratio:.1%} of the full backup's time; wanted: {WANTED_RATIO:.0%} at most.")
+    return 0 if ratio <= WANTED_RATIO else 1
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description="Time an incremental backup of 1 % changed blocks beside a full one."
+    )
+    parser.add_argument("--gib", type=int, default=8, help="the disk's size in GiB (default: 8)")
+    sys.exit(run_async(main(parser.parse_args().gib)))
