@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -38,7 +39,8 @@ from test_target import (
     write_changes,
 )
 
-from orchestrator.errors import ToolError
+from orchestrator import aio
+from orchestrator.errors import TargetError, ToolError
 from orchestrator.model import Compression
 from orchestrator.target.base import Snapshot
 from orchestrator.target.images import chain, merging, qcow2
@@ -237,34 +239,64 @@ async def test_what_is_gone_cannot_be_merged(target: ImagesTarget, points: list[
     assert (await refused(target.merge(points[NEWEST][0]))).code == "no-snapshot"
 
 
-@pytest.mark.parametrize("use", ["a reader", "a draft", "a merge"])
+@pytest.mark.parametrize("use", list(itertools.product(["a reader", "a draft"], ["beforehand", "at the end"])))
 async def test_what_is_in_use_is_not_merged(
-    target: ImagesTarget, root: Path, points: list[tuple[Snapshot, bytes]], use: str
+    target: ImagesTarget,
+    root: Path,
+    points: list[tuple[Snapshot, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+    use: tuple[str, str],
 ) -> None:
     """A restore of what builds on it holds it, too: its manifest says how its image is checked."""
-    merged, before = points[MERGED][0], files(root)
+    merged, before, real = points[MERGED][0], files(root), merging.tools.flatten
+    written, (by, when) = [], use
     async with contextlib.AsyncExitStack() as stack:
-        draft = None
-        match use:
-            case "a reader":
+
+        async def used() -> None:
+            if by == "a draft":
+                draft = await based_on(target, merged, hours=9)
+                stack.push_async_callback(draft.abort)
+                before.update(files(root))
+            else:
                 reading = chain.held(root / "web01", points[NEWEST][0].id, ["vda"], target="main")
                 await stack.enter_async_context(reading)
-            case "a draft":
-                draft = await based_on(target, merged, hours=9)
-            case _:
-                (root / merged.id / "vda.qcow2.merged").touch()
-                await stack.enter_async_context(chain.held(root / "web01", merged.id, [], target="main"))
+
+        async def flatten(*arguments: Any, **more: Any) -> None:
+            written.append(arguments)
+            if when == "at the end":
+                before.update(files(root))
+                before.pop(f"{merged.id}/vda.qcow2.merged")
+                await used()
+                before.pop(f"{merged.id}/vda.qcow2.merged", None)
+            await real(*arguments, **more)
+
+        monkeypatch.setattr(merging.tools, "flatten", flatten)
+        if when == "beforehand":
+            await used()
         error = await refused(target.merge(merged))
         assert error.code == "needed"
         assert f"snapshot {merged.id} is being restored, merged, or built on" in error.message
-        if draft is not None:
-            await draft.abort()
-        if use == "a merge":
-            before[f"{merged.id}/vda.qcow2.merged"] = b""
+        assert bool(written) == (when == "at the end")
         assert files(root) == before
+    monkeypatch.setattr(merging.tools, "flatten", real)
     await target.merge(merged)
     await assert_given_back(target, *points)
     assert list(root.rglob("*.merged")) == []
+
+
+async def test_two_merges_of_one_do_not_meet(
+    target: ImagesTarget, root: Path, points: list[tuple[Snapshot, bytes]]
+) -> None:
+    merged = points[MERGED][0]
+    outcomes = await asyncio.gather(
+        *(ImagesTarget("main", root).merge(merged) for _ in range(3)), return_exceptions=True
+    )
+    for outcome in outcomes:
+        assert outcome is None or (isinstance(outcome, TargetError) and outcome.code == "needed"), outcome
+    await target.merge(merged)
+    assert (await target.snapshots())[MERGED].parents == ()
+    assert list(root.rglob("*.merged")) == []
+    await assert_given_back(target, *points)
 
 
 async def test_what_a_merge_reads_is_not_removed_meanwhile(
@@ -281,6 +313,48 @@ async def test_what_a_merge_reads_is_not_removed_meanwhile(
     await target.merge(points[MERGED][0])
     assert refusals == ["needed"] * 3
     assert (await target.snapshots())[MERGED].parents == ()
+
+
+async def until_it_is_free(act: Callable[[Snapshot], Coroutine[Any, Any, None]], one: Snapshot) -> None:
+    while True:
+        try:
+            return await act(one)
+        except TargetError as error:
+            if error.code != "needed":
+                raise
+            await asyncio.sleep(0.01)
+
+
+async def test_restores_beside_it_are_not_harmed(
+    target: ImagesTarget, root: Path, points: list[tuple[Snapshot, bytes]]
+) -> None:
+    """Others restore it and what builds on it, while it is merged and what it was built on is removed."""
+    (oldest, _), (second, _), (merged, _), _ = points
+    done = asyncio.Event()
+    counts = {"before": 0, "after": 0}
+
+    async def restoring() -> None:
+        out, other = root.parent / "out", ImagesTarget("main", root)
+        pauses_seconds = itertools.cycle([0.05, 0.4, 0.1])  # moments in which nobody reads it
+        for (point, data), pause_seconds in zip(itertools.cycle(points[MERGED:]), pauses_seconds, strict=False):
+            expected = await other.extract(point, "vda", to=out, image_format="raw")
+            assert (await asyncio.to_thread(out.read_bytes), expected) == (data, hashlib.sha256(data).hexdigest())
+            counts["after" if done.is_set() else "before"] += 1
+            if counts["after"] == 4:
+                return
+            out.unlink()
+            await asyncio.sleep(pause_seconds)
+
+    async def merging_and_removing() -> None:
+        while counts["before"] < 2:
+            await asyncio.sleep(0.01)
+        for act, one in ((target.merge, merged), (target.remove, second), (target.remove, oldest)):
+            await until_it_is_free(act, one)
+        done.set()
+
+    async with asyncio.timeout(120):
+        await aio.all_or_first_error([merging_and_removing(), restoring()])
+    assert [one.parents for one in await target.snapshots()] == [(), (merged.id,)]
 
 
 async def test_cancelled_while_it_writes_nothing_is_left(

@@ -61,12 +61,19 @@ class Held:
         return self._folder(self.snapshot.id)
 
     def lock_alone(self) -> bool:
-        """Whether nobody else has the snapshot's folder; then it is ours alone, else it is held no longer."""
+        """Whether nobody else has the snapshot's folder; then it is ours alone, else it is held no longer.
+
+        The VM's folder must be locked: the kernel gives up one lock before it tries to get the other.
+        """
         try:
             fcntl.flock(self._locks[self.snapshot.id], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         return True
+
+    def share(self) -> None:
+        """After `lock_alone`, with the VM's folder still locked: let others have the snapshot's folder, too."""
+        fcntl.flock(self._locks[self.snapshot.id], fcntl.LOCK_SH)
 
     async def let_go(self) -> None:
         """Give the folders back."""

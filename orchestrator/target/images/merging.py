@@ -58,6 +58,7 @@ async def merge(vm_folder: Path, snapshot: Snapshot, *, target: str) -> None:
         chains = [links for links in held.links.values() if len(links) > 1]
         if not chains:
             return
+        await aio.finish(asyncio.to_thread(_check_use, held))
         await asyncio.to_thread(_check_space, chains, target)
         made: list[Path] = []
         try:
@@ -164,6 +165,14 @@ def _take_over(folder: Path, disks: Iterable[str]) -> None:
 def _delete(made: list[Path]) -> None:
     while made:
         made.pop().unlink(missing_ok=True)
+
+
+def _check_use(held: chain.Held) -> None:
+    """Raise TargetError if it is in use now: it might be for as long as all the writing takes."""
+    with locks.alone(held.folder.parent):
+        if not held.lock_alone():
+            raise _in_use(held.snapshot.id)
+        held.share()
 
 
 def _check_space(chains: Sequence[Sequence[chain.Link]], target: str) -> None:
