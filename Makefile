@@ -27,7 +27,7 @@ demo: host-tools $(STAMP)
 test: tools lint
 	$(BIN)/python -m pytest
 
-# 30 backups under load on each QEMU, with and without iothreads: what kills a guest may do so once in tens (45 minutes).
+# 180 backups under load, on all QEMUs, since what kills a guest may do so once in tens (an hour on two cores).
 soak: tools $(STAMP)
 	$(BIN)/python -m tests.soak.versions
 
