@@ -307,6 +307,9 @@ async def test_what_a_merge_reads_is_not_removed_meanwhile(
     async def meanwhile(*arguments: Any, **more: Any) -> None:
         refusals.extend([(await refused(target.remove(one))).code for one, _ in points[:NEWEST]])
         await (await target.begin("web01", STARTED + timedelta(days=1))).abort()  # leaves a live one's files alone
+        for one, _ in points:  # but all of them can be read
+            argv = ["flock", "--nonblock", "--shared", target.path / one.id, "true"]
+            await asyncio.to_thread(subprocess.run, argv, check=True)
         await real(*arguments, **more)
 
     monkeypatch.setattr(merging.tools, "flatten", meanwhile)
