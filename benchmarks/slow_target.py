@@ -28,6 +28,9 @@ class PassingMonitor(Monitor):
     async def pass_descriptor(self, descriptor: int, *, opaque: str) -> int:
         return await self._inner.pass_descriptor(descriptor, opaque=opaque)
 
+    async def lend_descriptor(self, descriptor: int, *, name: str) -> None:
+        await self._inner.lend_descriptor(descriptor, name=name)
+
     @property
     def connected(self) -> bool:
         return self._inner.connected

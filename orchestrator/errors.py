@@ -133,6 +133,12 @@ class ToolError(VmfleeceError):
     code = "tool-failed"
 
 
+class NbdError(VmfleeceError):
+    """An NBD server refused something, went away, or sent nonsense."""
+
+    code = "nbd"
+
+
 class FleecingError(VmfleeceError):
     """The snapshot broke: its fleecing image was full, slow or broken. The guest went on."""
 

@@ -186,6 +186,9 @@ async def dismantle(monitor: Monitor, prefix: str, pauser: Pauser | None) -> Non
 
 
 async def _take_out(monitor: Monitor, prefix: str, pauser: Pauser | None, *, roles: Sequence[str]) -> None:
+    exports = await monitor.execute(commands.QUERY_EXPORTS)
+    if any(one["id"].startswith(prefix) for one in exports):
+        await monitor.execute(commands.NBD_SERVER_STOP)
     taking_out = removal(
         prefix,
         roles=roles,

@@ -67,6 +67,16 @@ class DiskNames:
         return self.prefix + TARGET_WINDOW
 
     @property
+    def export(self) -> str:
+        """Its snapshot-access node, over NBD."""
+        return self.prefix + "nbd"
+
+    @property
+    def server(self) -> str:
+        """What is lent to QEMU for serving it."""
+        return self.prefix + "listen"
+
+    @property
     def job(self) -> str:
         return self.prefix + "copy"
 

@@ -236,6 +236,26 @@ def remove_fd(fdset: int) -> Command:
     return Command("remove-fd", {"fdset-id": fdset})
 
 
+def get_fd(name: str) -> Command:
+    """Keep the descriptor that was sent on the same connection until a command takes it by this name."""
+    return Command("getfd", {"fdname": name})
+
+
+def close_fd(name: str) -> Command:
+    return Command("closefd", {"fdname": name})
+
+
+def nbd_server_start(fd: str) -> Command:
+    """Serve exports on a listening socket that was lent by this name. QEMU has one such server."""
+    return Command("nbd-server-start", {"addr": {"type": "fd", "data": {"str": fd}}})
+
+
+def export(name: str, *, node: str, bitmap: str) -> Command:
+    """Serve a node, so that it can be discarded, with one of its bitmaps."""
+    options = {"type": "nbd", "id": name, "name": name, "node-name": node, "writable": True, "bitmaps": [bitmap]}
+    return Command("block-export-add", options)
+
+
 STOP = Command("stop")
 CONT = Command("cont")
 QUERY_STATUS = Command("query-status")
@@ -245,6 +265,8 @@ QUERY_BLOCK = Command("query-block")
 QUERY_NODES = Command("query-named-block-nodes", {"flat": True})
 QUERY_NODE_STATS = Command("query-blockstats", {"query-nodes": True})
 QUERY_GRAPH = Command("x-debug-query-block-graph")
+QUERY_EXPORTS = Command("query-block-exports")
+NBD_SERVER_STOP = Command("nbd-server-stop")
 QUERY_FDSETS = Command("query-fdsets")
 QUERY_MIGRATE = Command("query-migrate")
 QUERY_SCHEMA = Command("query-qmp-schema")

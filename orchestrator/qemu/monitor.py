@@ -136,6 +136,13 @@ class Monitor(abc.ABC):
         Raises CommandFailed, CommandTimeout, ConnectionLost.
         """
 
+    @abc.abstractmethod
+    async def lend_descriptor(self, descriptor: int, *, name: str) -> None:
+        """Give QEMU a duplicate of an open file or socket, which the next command that says `name` takes.
+
+        Raises CommandFailed, CommandTimeout, ConnectionLost.
+        """
+
     @property
     @abc.abstractmethod
     def connected(self) -> bool:

@@ -34,7 +34,7 @@ from orchestrator.errors import (
     MonitorError,
     NobodyThere,
 )
-from orchestrator.qemu.commands import QUERY_STATUS, Command, add_fd
+from orchestrator.qemu.commands import QUERY_STATUS, Command, add_fd, get_fd
 from orchestrator.qemu.monitor import (
     DEADLINE_SECONDS,
     OUTCOME_UNKNOWN,
@@ -191,16 +191,23 @@ class QmpMonitor(Monitor):
             return CommandFailed(command.name, str(error))
 
     async def pass_descriptor(self, descriptor: int, *, opaque: str) -> int:
+        reply = await self._hand_over(descriptor, add_fd(opaque=opaque))
+        return int(reply["fdset-id"])
+
+    async def lend_descriptor(self, descriptor: int, *, name: str) -> None:
+        await self._hand_over(descriptor, get_fd(name))
+
+    async def _hand_over(self, descriptor: int, taking: Command) -> Any:
         # QEMU keeps the last descriptor it received until a command takes it: one sender at a time.
         async with self._descriptor_lock:
             if self._descriptor_astray:
-                # An add-fd that nobody waited for may still be under way: it must not take this descriptor.
+                # A command that nobody waited for may still be under way: it must not take this descriptor.
                 await self.execute(QUERY_STATUS)
             self._descriptor_astray = True
             await self._send(descriptor)
-            reply = await self.execute(add_fd(opaque=opaque))
+            reply = await self.execute(taking)
             self._descriptor_astray = False
-        return int(reply["fdset-id"])
+        return reply
 
     async def _send(self, descriptor: int) -> None:
         """Send a descriptor with a blank, which JSON ignores between two messages.

@@ -28,7 +28,7 @@ from orchestrator.admission.controller import Controller
 from orchestrator.admission.lease import Lease, Waiting
 from orchestrator.admission.ledger.base import Grant
 from orchestrator.errors import NobodyThere, StorageError, VmfleeceError
-from orchestrator.fleecing import bitmaps, boundary, graph, image, rotation
+from orchestrator.fleecing import bitmaps, boundary, coverage, graph, image, rotation
 from orchestrator.fleecing.bitmaps import Settlement
 from orchestrator.fleecing.boundary import Boundary
 from orchestrator.fleecing.grant import GrantKeeper
@@ -271,6 +271,7 @@ class _Run:
             await self._prepare(gear, disk)
         self._enter(Phase.SNAPSHOTTING)
         await self._snapshot(monitor, draft)
+        await self._limit_coverage(monitor)
         self._enter(Phase.COPYING)
         with contextlib.ExitStack() as watching:
             copying = [self._copying(gear, disk, watching) for disk in self._facts.disks]
@@ -333,6 +334,14 @@ class _Run:
             held_ms = await graph.take_snapshot(monitor, filters, cbw_timeout_seconds=timeout_seconds)
             self._facts.pause_ms = held_ms if running else None
         log.info("snapshot.taken", disks=len(filters), pause_ms=self._facts.rounded_pause_ms)
+
+    async def _limit_coverage(self, monitor: Monitor) -> None:
+        """Have guest writes copied only where an incremental backup reads; where QEMU was paused, they are."""
+        if self._pauser is None:
+            # Without fleecing, what is discarded would be discarded in the backup itself.
+            await coverage.limit(
+                monitor, [disk.names for disk in self._facts.disks if disk.incremental and disk.file is not None]
+            )
 
     def _moves_boundary_itself(self, *, compress: bool) -> bool:
         """Whether full copies go by windows. QEMU compresses what it writes to an image, but not to a part of it.

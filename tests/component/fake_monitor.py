@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import CommandFailed, CommandTimeout, ConnectFailed, ConnectionLost, NobodyThere
-from orchestrator.qemu.commands import Command, add_fd
+from orchestrator.qemu.commands import Command, add_fd, get_fd
 from orchestrator.qemu.monitor import DEADLINE_SECONDS, OUTCOME_UNKNOWN, Event, Monitor
 from tests.component.fake_qemu import FakeQemu
 
@@ -169,14 +169,20 @@ class FakeMonitor(Monitor):
         return waiter.result()
 
     async def pass_descriptor(self, descriptor: int, *, opaque: str) -> int:
+        reply = await self._hand_over(descriptor, add_fd(opaque=opaque))
+        return int(reply["fdset-id"])
+
+    async def lend_descriptor(self, descriptor: int, *, name: str) -> None:
+        await self._hand_over(descriptor, get_fd(name))
+
+    async def _hand_over(self, descriptor: int, taking: Command) -> Any:
         async with self._descriptor_lock:
             if not self.connected:
                 raise self._lost()
             if self._sent is not None:
                 os.close(self._sent)  # QEMU keeps the last one only
             self._sent = os.dup(descriptor)
-            reply = await self.execute(add_fd(opaque=opaque))
-        return int(reply["fdset-id"])
+            return await self.execute(taking)
 
     async def reconnect(self, *, deadline_seconds: float) -> None:
         give_up = asyncio.get_running_loop().time() + deadline_seconds

@@ -52,6 +52,7 @@ class FakeQemu:
         self.devices: dict[str, Device] = {}
         self.jobs: dict[str, Job] = {}
         self.fdsets: dict[int, Fdset] = {}
+        self.lent: dict[str, int] = {}
         # How jobs go: by themselves, `pace` clusters a turn of the loop, or by `step` only.
         self.automatic = True
         self.pace = 16
@@ -131,7 +132,9 @@ class FakeQemu:
             self._close(node)
         for fdset in self.fdsets.values():
             os.close(fdset.descriptor)
-        self.nodes, self.jobs, self.fdsets, self.devices = {}, {}, {}, {}
+        for descriptor in self.lent.values():
+            os.close(descriptor)
+        self.nodes, self.jobs, self.fdsets, self.devices, self.lent = {}, {}, {}, {}, {}
         self.cut()
 
     def cut(self) -> None:
@@ -162,6 +165,7 @@ class FakeQemu:
         found = [f"node {name}" for name in self.nodes if name.startswith(PREFIX)]
         found += [f"job {name}" for name in self.jobs if name.startswith(PREFIX)]
         found += [f"fdset {fdset.opaque}" for fdset in self.fdsets.values()]
+        found += [f"descriptor {name}" for name in self.lent]
         found += [f"{one.id} is on {one.node}" for one in self.devices.values() if one.node != one.own_node]
         return found
 
@@ -172,8 +176,9 @@ class FakeQemu:
         self.before(command)
         self.executed.append(command)
         try:
-            if command.name == "add-fd":
-                return self._add_fd(command.arguments, monitor)
+            if command.name in ("add-fd", "getfd"):
+                taking = self._add_fd if command.name == "add-fd" else self._getfd
+                return taking(command.arguments, monitor)
             return getattr(self, "_" + command.name.replace("-", "_"))(command.arguments)
         except CommandFailed as refusal:
             return refusal
@@ -410,6 +415,33 @@ class FakeQemu:
         number = next(self._numbers)
         self.fdsets[number] = Fdset(arguments["opaque"], descriptor)
         return {"fdset-id": number, "fd": descriptor}
+
+    def _getfd(self, arguments: Any, monitor: "FakeMonitor") -> Any:
+        descriptor = monitor.take_descriptor()
+        if descriptor is None:
+            raise CommandFailed("getfd", "No file descriptor supplied via SCM_RIGHTS")
+        if arguments["fdname"] in self.lent:
+            self._closefd(arguments)
+        self.lent[arguments["fdname"]] = descriptor
+        return {}
+
+    def _closefd(self, arguments: Any) -> Any:
+        if arguments["fdname"] not in self.lent:
+            raise CommandFailed("closefd", f"File descriptor named '{arguments['fdname']}' not found")
+        os.close(self.lent.pop(arguments["fdname"]))
+        return {}
+
+    def _nbd_server_start(self, _arguments: Any) -> Any:
+        raise CommandFailed("nbd-server-start", "NBD server already running")
+
+    def _block_export_add(self, _arguments: Any) -> Any:
+        raise CommandFailed("block-export-add", "NBD server not running")
+
+    def _nbd_server_stop(self, _arguments: Any) -> Any:
+        raise QemuWouldDie("somebody else's NBD server is stopped")
+
+    def _query_block_exports(self, _arguments: Any) -> Any:
+        return [{"id": "theirs", "type": "nbd", "node-name": "#block1", "shutting-down": False}]
 
     def _remove_fd(self, arguments: Any) -> Any:
         fdset = self.fdsets.get(arguments["fdset-id"])
