@@ -40,6 +40,7 @@ lint: $(STAMP)
 bench: host-tools $(STAMP)
 	$(BIN)/python -m benchmarks.guest_impact
 	$(BIN)/python -m benchmarks.admission
+	$(BIN)/python -m benchmarks.windows
 
 clean:
 	rm -rf $(VENV) .cache

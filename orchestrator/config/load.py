@@ -172,4 +172,5 @@ def _job(name: str, job: JobTable, draft: Draft) -> JobSettings:
         repeat_missed=job.repeat_missed,
         retries=job.retries,
         keep=job.prune_backups,
+        merge_chains=job.merge_chains,
     )

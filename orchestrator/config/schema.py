@@ -226,6 +226,12 @@ class JobTable(Table):
         description="Which backups of its VMs are kept on the target, as vzdump writes it; all if absent.",
         example="keep-last=3,keep-daily=13,keep-weekly=8",
     )
+    merge_chains: bool = _key(
+        False,
+        description="Whether the oldest backup of a chain that is kept is merged with those before it that are "
+        "not, so that these can be removed. Reads and writes as much as a full backup.",
+        example=False,
+    )
     retries: Annotated[int, Field(ge=0, le=10)] = _key(
         2, description="How often a run that failed is tried again.", example=2
     )

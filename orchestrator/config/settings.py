@@ -71,6 +71,7 @@ class JobSettings:
     repeat_missed: bool
     retries: int
     keep: Keep | None = None
+    merge_chains: bool = False
 
 
 @dataclass(frozen=True, slots=True)

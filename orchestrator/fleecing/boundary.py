@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from orchestrator.units import MIB
 
-WINDOW_BYTES = 256 * MIB
+WINDOW_BYTES = 512 * MIB
 """A whole number of clusters of any image. Chosen by benchmarks/windows.py: smaller ones cost time."""
 
 Extent = tuple[int, int]

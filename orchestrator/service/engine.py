@@ -215,16 +215,16 @@ class Engine:
         failed = [result.vm for result in results if result.error is not None]
         for result in results:
             if result.error is None:
-                await self._prune(options.target, result.vm)
+                await self._prune(options.target, result.vm, merge=job.merge_chains)
         log.info("job.finished", job=name, vms=len(results), failed=failed)
         return results
 
-    async def _prune(self, target: str, vm: str) -> None:
+    async def _prune(self, target: str, vm: str, *, merge: bool) -> None:
         """Remove what retention does not keep, now that there is a new snapshot. What fails is logged only."""
         if keeps := self.config.keeps(target, vm):
             try:
                 async with self._vm_lock(vm):
-                    await prune(self._means.targets[target], vm, keeps)
+                    await prune(self._means.targets[target], vm, keeps, merge=merge)
             except VmfleeceError as error:
                 log.warning("prune.failed", vm=vm, target=target, error=str(error))
 

@@ -306,7 +306,7 @@ async def test_a_run_that_ran_full_is_queued_again_at_once_with_a_larger_first_g
 
     world.qemu.during_copy = overwrite
     with logged() as logs:
-        async with opened(world, first_grant="0") as one:
+        async with opened(world, first_grant="0", more='discard = "job"') as one:
             (result,) = await one.run_job("nightly")
     assert result.error is None, result.error
     (failed,) = [line for line in logs if line["event"] == "run.finished" and line["error"]]
@@ -360,6 +360,20 @@ async def test_after_a_job_retention_is_applied_to_the_vms_that_succeeded(make: 
         (result,) = await one.run_job("nightly")
         assert result.error is not None
     assert [snapshot.id for snapshot in world.fake_target.listed] == kept
+
+
+@pytest.mark.parametrize("merges", [False, True])
+async def test_after_a_job_a_chain_is_merged_if_that_is_configured(make: Make, merges: bool) -> None:
+    world = make(disks={"vda": MIB})
+    more = f'prune_backups = "keep-last=2"\nmerge_chains = {str(merges).lower()}'
+    async with opened(world, more=more) as one:
+        for _ in range(4):
+            (result,) = await one.run_job("nightly")
+            assert result.error is None, result.error
+    parents = [[disk.parent for disk in snapshot.disks] for snapshot in world.fake_target.listed]
+    assert len(parents) == (2 if merges else 4)
+    assert parents[0] == [None]
+    assert None not in parents[1]
 
 
 async def test_status_tells_of_the_run_and_of_who_waits(make: Make, before: list[str]) -> None:

@@ -55,7 +55,7 @@ class Workload:
     """What the guest writes. Sizes in bytes, rate in writes a second over all disks; 0 = no limit.
 
     disks: ids in writing order; none: all writable ones in the VM's order.
-    block_bytes and sweep concern `random` only.
+    block_bytes, skew and sweep concern `random` only; skew: so many percent of the writes go to the last fifth.
     """
 
     kind: Literal["sequence", "random", "idle"] = "sequence"
@@ -64,6 +64,7 @@ class Workload:
     block_bytes: int = 64 * 1024
     region_bytes: int = 0
     odirect: bool = True
+    skew: int = 0
     sweep: bool = False
 
     def on(self, disks: Sequence[DiskSpec]) -> "Workload":
@@ -81,6 +82,7 @@ class Workload:
             "blocksize": self.block_bytes,
             "region": self.region_bytes,
             "odirect": int(self.odirect),
+            "skew": self.skew,
             "sweep": int(self.sweep),
             "run": run,
             "again": int(resume),  # `resume` is taken: the kernel knows it as its own

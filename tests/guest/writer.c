@@ -6,6 +6,7 @@
  *   region     only the first so many bytes of each disk are written, 0 = all
  *   odirect    1: O_DIRECT, no flush; 0: page cache, fdatasync after each write
  *   blocksize  of the random writer, in bytes
+ *   skew       so many percent of the random writer's writes go to the last fifth of the region
  *   sweep      1: the random writer goes over the region from start to end, again and again
  *   run        number of this run, in each record
  *   again      1: go on behind the newest record of this run
@@ -53,7 +54,7 @@ struct disk {
 
 static struct disk disks[MAX_DISKS];
 static int ndisks;
-static uint64_t rate, region, blocksize, sweep, run, resume, odirect, nudge_ms;
+static uint64_t rate, region, blocksize, skew, sweep, run, resume, odirect, nudge_ms;
 static uint64_t writes, errors, due, next_stat, begun;
 
 /* Latencies of the current interval: 32 buckets an octave of microseconds, so within 3 %. */
@@ -283,6 +284,8 @@ static void write_random(unsigned char *pool)
 			uint64_t which = random64(), block = which % d->blocks;
 			if (sweep)
 				block = d->next++ % d->blocks;
+			else if (random64() % 100 < skew)
+				block = d->blocks - 1 - block % ((d->blocks + 4) / 5);
 			else if (which >> 59 == 0) /* one in 32: up to the very last sector */
 				block = d->blocks - 1;
 			uint64_t offset = block * blocksize, left = d->bytes - offset;
@@ -321,6 +324,7 @@ int main(int argc, char **argv)
 	rate = parameter("rate", 0);
 	region = parameter("region", 0);
 	blocksize = parameter("blocksize", 65536);
+	skew = parameter("skew", 0);
 	sweep = parameter("sweep", 0);
 	run = parameter("run", 1);
 	resume = parameter("again", 0);
