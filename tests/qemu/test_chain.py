@@ -1,4 +1,4 @@
-"""A full backup and incremental ones of a guest that writes all the time: each point, byte for byte."""
+"""A full and incremental backups of a guest that writes all the time, on each QEMU: each point, byte for byte."""
 
 import asyncio
 import hashlib
@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 
 from orchestrator.model import Kind, Phase
+from tests.guest.versions import QEMUS, qemu
 from tests.guest.vm import MIB, DiskSpec, GuestVm, Workload
 from tests.qemu.hooks import At
 from tests.qemu.host import FLEECED, SLOWLY, Host, assert_succeeded
@@ -24,10 +25,11 @@ DISKS = [
 ]
 
 
-@pytest_asyncio.fixture(loop_scope="module")
-async def vm(tmp_path: Path) -> AsyncIterator[GuestVm]:
+@pytest_asyncio.fixture(loop_scope="module", params=QEMUS)
+async def vm(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[GuestVm]:
     folder = tmp_path / "vm"
-    async with GuestVm(folder, DISKS, Workload("random", region_bytes=16 * MIB)) as guest:
+    workload = Workload("random", region_bytes=16 * MIB)
+    async with GuestVm(folder, DISKS, workload, qemu=qemu(request.param)) as guest:
         await guest.wait_ready()
         await guest.wait_writes(200)
         yield guest
