@@ -1,1 +1,1 @@
-"""Network Block Device, as far as we speak it: the protocol, and a client."""
+"""Network Block Device, as far as we speak it: the protocol, a client, and a server."""
