@@ -11,10 +11,18 @@ from typing import Any
 PREFIX = "vmf-"
 """All our nodes, jobs and descriptor sets are named so; nothing else in QEMU is ever touched."""
 
-IN_FLIGHT = {"max-workers": 4, "max-chunk": 128 * 1024}
+CLUSTER_BYTES = 64 * 1024
+"""Of copy-before-write, and of every image that we make."""
+IN_FLIGHT = {"max-workers": 4, "max-chunk": 2 * CLUSTER_BYTES}
 """A job's requests in flight: no slower than QEMU's default of 64 of up to 1 MiB, and paused much sooner.
 
 A grant can be extended only once they have landed: to a target that takes 1 MB/s, in half a second.
+"""
+IN_FLIGHT_BY_CLUSTER = {"max-workers": 8, "max-chunk": CLUSTER_BYTES}
+"""The same for QEMU before 8.0, whose snapshot-access must not be asked for more than one cluster at a time.
+
+If the first one of several was copied before a write and the next one was not, it reads all of them from the disk,
+where the first one is new by now (util/hbitmap.c, hbitmap_status): a wrong backup that nobody is told of.
 """
 
 
@@ -140,11 +148,12 @@ def backup_job(
     speed_bytes_per_second: int,
     discard_source: bool,
     compress: bool,
+    by_cluster: bool = False,
     bitmap: str | None = None,
 ) -> dict[str, Any]:
     """A block job that copies a point in time: all of it, or what is dirty in a `bitmap` of `device`.
 
-    It stays in query-jobs until it is dismissed.
+    It stays in query-jobs until it is dismissed. `by_cluster`: as QEMU before 8.0 needs it.
 
     A full target stops it (event BLOCK_JOB_ERROR, action `stop`); any other error ends it.
     """
@@ -156,7 +165,7 @@ def backup_job(
         "auto-dismiss": False,
         "on-target-error": "enospc",
         "speed": speed_bytes_per_second,
-        "x-perf": IN_FLIGHT,
+        "x-perf": IN_FLIGHT_BY_CLUSTER if by_cluster else IN_FLIGHT,
     }
     if bitmap is not None:
         arguments |= {"sync": "bitmap", "bitmap": bitmap, "bitmap-mode": "never"}
@@ -167,8 +176,8 @@ def backup_job(
     return arguments
 
 
-GRANULARITY_BYTES = 64 * 1024
-"""Of our bitmaps, as large as a cluster of qcow2: an incremental image is written by whole clusters."""
+GRANULARITY_BYTES = CLUSTER_BYTES
+"""Of our bitmaps: an incremental image is written by whole clusters."""
 
 
 def transaction(actions: Sequence[Mapping[str, Any]]) -> Command:

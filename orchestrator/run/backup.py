@@ -384,6 +384,7 @@ class _Run:
             # Without fleecing it would discard what it has just written to the target.
             discard_source=disk.file is not None and not disk.by_windows and self._capabilities.discard_source,
             compress=disk.compress,
+            by_cluster=not self._capabilities.discard_source,
             bitmap=graph.CHANGED if disk.incremental else None,
         )
 

@@ -236,14 +236,16 @@ class GuestVm:
         """Return the number of writes that QEMU has completed for the guest, over all disks."""
         return sum(stats["wr_operations"] for stats in (await self.block_stats()).values())
 
-    async def write(self, disk_id: str, offset_bytes: int, length_bytes: int, *, pattern: int) -> None:
+    async def write(self, disk_id: str, offset_bytes: int, length_bytes: int, *, pattern: int | None) -> None:
         """Write one byte's value to a disk as its device does, on whatever node that is now, and await it.
 
-        It is no write of a running guest's: where that writes, too, the last one wins.
+        None: zeroes, as a request of its own kind. It is no write of a running guest's: where that writes, too, the
+        last one wins.
         """
         wrote = f"wrote {length_bytes}/{length_bytes} bytes at offset {offset_bytes}\n"
         wanted = console.read(self.stderr_path).count(wrote) + 1
-        write = f'qemu-io -d {self._qdevs[disk_id]} "write -P {pattern} {offset_bytes} {length_bytes}"'
+        how = "-z -u" if pattern is None else f"-P {pattern}"
+        write = f'qemu-io -d {self._qdevs[disk_id]} "write {how} {offset_bytes} {length_bytes}"'
         refusal = await self.execute("human-monitor-command", {"command-line": write})
         # It answers on QEMU's own output.
         if refusal or console.read(self.stderr_path).count(wrote) < wanted:
