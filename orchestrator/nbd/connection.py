@@ -89,7 +89,8 @@ class Connection:
                 while machine.wants:
                     received = await self._stream.receive(machine.wants, within_seconds=limit)
                     self._stream.send(machine.take(received))
-                    await self._stream.drained(within_seconds=limit)
+                    if machine.wants:  # else it may be gone already, after ABORT
+                        await self._stream.drained(within_seconds=limit)
         except TimeoutError as error:
             raise TimeoutError(f"the client did not negotiate within {limit:g} s") from error
         return machine.agreed

@@ -53,7 +53,7 @@ class NbdServer:
     async def serve(self, listening: socket.socket) -> None:
         """Serve whoever connects to a listening socket, until cancelled. The socket is taken over.
 
-        More clients than the limit are turned away at once: a guest stands still while its QEMU waits to be greeted.
+        More clients than the limit are turned away at once: a guest stands still while its QEMU waits.
         """
         listening.setblocking(False)
         with listening:
@@ -87,10 +87,14 @@ class NbdServer:
         connected.close()  # it was not taken over if the task was cancelled before it began
 
     async def _accept(self, listening: socket.socket) -> socket.socket | None:
-        """The next client's socket. None if that failed for now: for want of descriptors, or since it has left."""
+        """The next client's socket. None if that failed for now: for want of descriptors, or since it has left.
+
+        Not the loop's sock_accept, which loses a client's socket if it is cancelled in the moment it gets one.
+        """
+        await _readable(listening)
         try:
-            connected, _ = await asyncio.get_running_loop().sock_accept(listening)
-        except ConnectionError:
+            connected, _ = listening.accept()
+        except (BlockingIOError, ConnectionError):
             return None
         except OSError as error:
             if error.errno not in _FULL:
@@ -99,6 +103,15 @@ class NbdServer:
             await asyncio.sleep(FULL_SECONDS)
             return None
         return connected
+
+
+async def _readable(listening: socket.socket) -> None:
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(listening.fileno(), ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(listening.fileno())
 
 
 @contextlib.contextmanager
