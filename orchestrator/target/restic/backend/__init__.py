@@ -1,0 +1,1 @@
+"""Where a repository's files lie: base is the contract; memory, directory and objects fulfil it."""
