@@ -239,8 +239,8 @@ class GuestVm:
     async def write(self, disk_id: str, offset_bytes: int, length_bytes: int, *, pattern: int | None) -> None:
         """Write one byte's value to a disk as its device does, on whatever node that is now, and await it.
 
-        None: zeroes, as a request of its own kind. It is no write of a running guest's: where that writes, too, the
-        last one wins.
+        None: zeroes, as a request of its own kind. It is no write of a running guest's: where that writes, too,
+        the last one wins.
         """
         wrote = f"wrote {length_bytes}/{length_bytes} bytes at offset {offset_bytes}\n"
         wanted = console.read(self.stderr_path).count(wrote) + 1

@@ -1,8 +1,8 @@
 """What was overwritten and what was not, side by side: a copy must take each cluster from the right place.
 
-QEMU before 8.0 looks at the disk for all that one request asks for if the first cluster of it was overwritten and a
-later one was not. What it reads there is wrong only if the guest wrote in that very moment; but where the guest wrote
-zeroes, the job sees that, asks for no data, and the copy is zero.
+QEMU before 8.0 looks at the disk for all that one request asks for if the first cluster of it was overwritten and
+a later one was not. What it reads there is wrong only if the guest wrote in that very moment; but where the guest
+wrote zeroes, the job sees that, asks for no data, and the copy is zero.
 """
 
 import asyncio

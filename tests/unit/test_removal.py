@@ -192,12 +192,13 @@ def taken_out(
     return words(removal(PREFIX, roles=roles, nodes=nodes, block=block, graph=graph))
 
 
-REST = [f"blockdev-del 0-{role}" for role in ("img", "grant", "file", "target", "tfile")]
+REST = [f"blockdev-del 0-{role}" for role in ("img", "grant", "file", "wto", "target", "tfile")]
 
 
 def test_everything_of_a_disk_goes_parents_first() -> None:
     block = [block_entry("/machine/peripheral/vda/virtio-backend", names().gate)]
     assert taken_out(our_nodes(0) + FOREIGN, block) == [
+        "blockdev-del 0-wfrom",
         "blockdev-del 0-snap",
         "blockdev-reopen 0-gate on drive-vda",
         "qom-set vda on drive-vda",
@@ -210,6 +211,7 @@ def test_everything_of_a_disk_goes_parents_first() -> None:
 def test_a_gate_that_leads_to_the_disk_just_goes() -> None:
     block = [block_entry("/machine/peripheral/vda/virtio-backend", names().gate)]
     assert taken_out(our_nodes(0), block, graph=OPEN) == [
+        "blockdev-del 0-wfrom",
         "blockdev-del 0-snap",
         "qom-set vda on drive-vda",
         "blockdev-del 0-gate",
@@ -222,6 +224,7 @@ def test_without_gates_the_device_comes_off_the_filter() -> None:
     block = [block_entry("/machine/peripheral/vda/virtio-backend", names().cbw)]
     left = our_nodes(0, *(role for role in DISMANTLING if role != "gate"))
     assert taken_out(left, block) == [
+        "blockdev-del 0-wfrom",
         "blockdev-del 0-snap",
         "qom-set vda on drive-vda",
         "blockdev-del 0-cbw",
@@ -231,7 +234,7 @@ def test_without_gates_the_device_comes_off_the_filter() -> None:
 
 def test_only_the_asked_roles_go() -> None:
     out = taken_out(our_nodes(0), [], FLEECING, OPEN)
-    assert out == [f"blockdev-del 0-{role}" for role in ("snap", "gate", "cbw", "img", "grant", "file")]
+    assert out == [f"blockdev-del 0-{role}" for role in ("wfrom", "snap", "gate", "cbw", "img", "grant", "file")]
 
 
 @pytest.mark.parametrize("role", ["gate", "cbw"])
@@ -296,10 +299,12 @@ def test_nodes_below_follows_file_edges_only() -> None:
 def test_names_fit_qemu_and_tell_what_they_are(number: int) -> None:
     run = new_run_id()
     one = DiskNames(run, number)
-    nodes = [one.snapshot, one.gate, one.cbw, one.image, one.grant, one.file, one.target, one.target_file]
+    nodes = [one.source_window, one.snapshot, one.gate, one.cbw, one.image, one.grant, one.file]
+    nodes += [one.target_window, one.target, one.target_file]
     assert [role_of(node) for node in nodes] == list(DISMANTLING)
-    assert len({*nodes, one.job}) == len(nodes) + 1
-    for name in (*nodes, one.job):
+    others = [one.job, one.window_job(0), one.window_job(1), one.export, one.server]
+    assert len({*nodes, *others}) == len(nodes) + len(others)
+    for name in (*nodes, *others):
         assert len(name) <= 31
         assert name.startswith(run_prefix(run))
         assert name.startswith(one.prefix)
