@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
@@ -32,6 +33,7 @@ SNAPSHOT_COMMANDS: dict[str, Command] = {
     "forget": snapshot.forget,
 }
 
+OPEN_FILES = 65536
 THREADS = 32
 """Blocking work (fsync, hashing) of several runs side by side."""
 
@@ -125,8 +127,17 @@ def run_async(command: Coroutine[Any, Any, int]) -> int:
             loop.add_signal_handler(number, cancel)
         return await command
 
+    _allow_open_files()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(until_signalled())
+
+
+def _allow_open_files() -> None:
+    """Let us and the tools that we start open many files: qemu-img opens all images of a chain at once."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _print_error(error: VmfleeceError, *, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -417,3 +418,29 @@ def test_there_is_one_daemon_a_state_dir_also_after_a_kill(
             assert systemd()["READY"] == "1"
             second.terminate()
             assert second.wait(30) == 0
+
+
+ASKS_FOR_ITS_LIMIT = """
+import asyncio, resource
+from orchestrator.cli.main import run_async
+
+async def limit():
+    tool = await asyncio.create_subprocess_exec("sh", "-c", "ulimit -n")
+    return await tool.wait()
+
+raise SystemExit(run_async(limit()))
+"""
+
+
+@pytest.mark.parametrize(("hard", "wanted"), [(4096, 4096), (100_000, 65536)])
+def test_tools_may_open_all_images_of_a_long_chain(hard: int, wanted: int) -> None:
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < hard:
+        hard = wanted = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    done = subprocess.run(
+        [sys.executable, "-c", ASKS_FOR_ITS_LIMIT],
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard)),
+    )
+    assert int(done.stdout) == wanted
