@@ -27,7 +27,7 @@ demo: host-tools $(STAMP)
 test: tools lint
 	$(BIN)/python -m pytest
 
-# 180 backups under load, on all QEMUs, since what kills a guest may do so once in tens (an hour on two cores).
+# 240 backups under load, on all QEMUs, since what kills a guest may do so once in tens (80 minutes on two cores).
 soak: tools $(STAMP)
 	$(BIN)/python -m tests.soak.versions
 

@@ -26,7 +26,8 @@ from pathlib import Path
 import structlog
 import uvloop
 
-from orchestrator.model import Kind
+from orchestrator.fleecing import boundary
+from orchestrator.model import Discard, Kind
 from tests.guest import sequence
 from tests.guest.versions import QEMUS, qemu
 from tests.guest.vm import MIB, DiskSpec, GuestFailureError, GuestVm, Workload
@@ -34,6 +35,9 @@ from tests.qemu.host import FLEECED, SLOWLY, Host
 from tests.qemu.under_way import UnderWay
 
 ROUNDS = 30
+BY_WINDOWS = "7.2"
+"""Copies by windows of its own accord."""
+WINDOW_BYTES = 64 * MIB
 CHAIN = 5
 """Rounds of one full backup and its incremental ones."""
 REGION_BYTES = 160 * MIB
@@ -68,6 +72,7 @@ class Case:
 
     version: str
     iothread: bool
+    by_windows: bool = False
     ends: Counter[End] = field(default_factory=Counter)
     guests: int = 0
     incremental: int = 0
@@ -78,7 +83,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.version}-{'iothreads' if self.iothread else 'plain'}"
+        return f"{self.version}-{'iothreads' if self.iothread else 'plain'}{'-windows' * self.by_windows}"
 
     @property
     def rounds(self) -> int:
@@ -141,7 +146,8 @@ async def one_round(case: Case, host: Host) -> None:
     """Back up under load, restore, compare. Raises WrongError, AssertionError or TimeoutError."""
     vm = host.vm
     at_least = await vm.writes() // len(vm.disks) - 2
-    async with host.backing_up(FLEECED, bwlimit=SLOWLY) as under_way:
+    discard = Discard.WINDOW if case.by_windows else Discard.AUTO
+    async with host.backing_up(FLEECED, bwlimit=SLOWLY, discard=discard) as under_way:
         await under_way.copying()
         await vm.wait_writes(OVERWRITING, WRITES_SECONDS)
         await under_way.hurry()
@@ -206,6 +212,8 @@ def say(text: str) -> None:
 def main() -> int:
     """Soak what is asked for; returns the exit code."""
     cases = [Case(version, iothread) for version in QEMUS for iothread in (False, True)]
+    cases += [Case(version, iothread=True, by_windows=True) for version in QEMUS if version != BY_WINDOWS]
+    boundary.WINDOW_BYTES = WINDOW_BYTES
     parser = argparse.ArgumentParser(description="Back up guests under load, again and again, on each QEMU.")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of each case (default: %(default)s)")
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of: {', '.join(case.name for case in cases)}")
