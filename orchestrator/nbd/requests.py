@@ -88,4 +88,4 @@ def _unknown_flags(request: Request, agreed: Agreed, allowed: RequestFlag) -> bo
         allowed |= RequestFlag.FUA
     if not agreed.structured:
         allowed &= ~RequestFlag.DF
-    return bool(request.flags & ~allowed)
+    return bool(request.flags & ~int(allowed))  # ~ of an IntFlag has only the bits that have names
