@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import socket
 import struct
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Self
 
@@ -73,12 +74,12 @@ class Wire:
         )
         return self._cookie
 
-    async def answer(self, *, read: bool = False) -> Answer:
-        """The next reply; `read` says that a simple one has data."""
+    async def answer(self, *, reads: Container[int] = ()) -> Answer:
+        """The next reply; `reads` are the cookies of those that have data."""
         (magic,) = protocol.MAGIC.unpack(await self.reader.readexactly(4))
         if magic == protocol.SIMPLE_MAGIC:
             error, cookie = struct.unpack(">IQ", await self.reader.readexactly(12))
-            size = self._lengths[cookie] if read and not error else 0
+            size = self._lengths[cookie] if cookie in reads and not error else 0
             return Answer(cookie, error, await self.reader.readexactly(size))
         assert magic == protocol.CHUNK_MAGIC
         flags, kind, cookie, size = protocol.CHUNK_REST.unpack(
@@ -95,7 +96,7 @@ class Wire:
     ) -> Answer:
         """One request, and its answer."""
         cookie = self.ask(act, offset, length, flags=flags, data=data)
-        answer = await self.answer(read=act == Act.READ)
+        answer = await self.answer(reads={cookie} if act == Act.READ else ())
         assert answer.cookie == cookie
         return answer
 
