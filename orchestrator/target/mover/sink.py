@@ -1,0 +1,147 @@
+"""One disk's sink: what QEMU writes over NBD becomes whole chunks, and those go into a store.
+
+A write is answered once its chunks are in the store, so a slow store holds up QEMU's job, and never the guest.
+Memory: the buffers of the pool, which all disks of a run share, and `HELD_BYTES` a disk of chunks that are not yet
+whole.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+from orchestrator.nbd.export import BlockSizes, Data, Export
+from orchestrator.target.mover.assembly import CHUNK_BYTES, Assembly, Whole
+
+HELD_BYTES = 8 * CHUNK_BYTES
+"""QEMU before 9.1 has a few chunks in progress at a time; more than that are completed as they are."""
+SMALL_BYTES = CHUNK_BYTES // 8
+"""Smaller writes get memory of their own."""
+
+
+class ChunkStore(Protocol):
+    """Where chunks go. Both raise VmfleeceError."""
+
+    async def put(self, content: bytes | bytearray | memoryview) -> bytes:
+        """Keep a chunk, unless there is one like it; returns its id. `content` is the caller's again then."""
+        ...
+
+    async def get(self, chunk: bytes) -> bytes:
+        """The content of a chunk that is kept."""
+        ...
+
+
+class IncompleteError(Exception):
+    """A full copy ended without having written all of the disk: it must not become a snapshot."""
+
+
+class BufferPool:
+    """Buffers of a chunk each, made once, as many as `count`. Who finds none free waits."""
+
+    def __init__(self, count: int) -> None:
+        self._count = asyncio.Semaphore(count)
+        self._free: list[bytearray] = []
+
+    @contextlib.asynccontextmanager
+    async def lent(self, length: int) -> AsyncIterator[memoryview]:
+        """A buffer of at most a chunk, for the block."""
+        async with self._count:
+            buffer = self._free.pop() if self._free else bytearray(CHUNK_BYTES)
+            try:
+                yield memoryview(buffer)[:length]
+            finally:
+                self._free.append(buffer)
+
+
+class DiskSink(Export):
+    """A disk of a run. `parent`: the chunks of the snapshot that it lies over if it is incremental, else None."""
+
+    block_sizes = BlockSizes(preferred=CHUNK_BYTES, maximum=CHUNK_BYTES)
+
+    def __init__(
+        self, size_bytes: int, store: ChunkStore, pool: BufferPool, *, parent: Sequence[bytes] | None = None
+    ) -> None:
+        self._size_bytes = size_bytes
+        self._store = store
+        self._pool = pool
+        self._assembly = Assembly(size_bytes)
+        self._chunks: list[bytes | None] = list(parent) if parent is not None else [None] * self._assembly.count
+        self._zeroes: dict[int, bytes] = {}
+        self._turns: dict[int, asyncio.Future[None]] = {}
+        self.written_bytes = 0
+
+    @property
+    def size_bytes(self) -> int:
+        return self._size_bytes
+
+    async def read(self, offset: int, length: int) -> Data:
+        raise PermissionError(f"a backup's sink is not read ({length} bytes at {offset})")
+
+    @contextlib.asynccontextmanager
+    async def buffer(self, offset: int, length: int) -> AsyncIterator[memoryview]:  # noqa: ARG002
+        if length < SMALL_BYTES:
+            yield memoryview(bytearray(length))
+            return
+        async with self._pool.lent(length) as lent:
+            yield lent
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        await self._keep(list(self._assembly.write(offset, data)))
+        self.written_bytes += len(data)
+
+    async def write_zeroes(self, offset: int, length: int, *, may_be_hole: bool) -> None:  # noqa: ARG002
+        await self._keep(list(self._assembly.zero(offset, length)))
+        self.written_bytes += length
+
+    async def flush(self) -> None:
+        """Nothing: what a run wrote is durable once it is committed, all at once."""
+
+    async def finish(self) -> list[bytes]:
+        """The disk's chunks, in order, once QEMU has written all. Raises IncompleteError, VmfleeceError."""
+        await self._complete(self._assembly.parts)
+        chunks = [chunk for chunk in self._chunks if chunk is not None]
+        if len(chunks) != len(self._chunks):
+            missing = len(self._chunks) - len(chunks)
+            raise IncompleteError(f"{missing} of {len(self._chunks)} chunks were not written")
+        return chunks
+
+    async def _keep(self, wholes: Sequence[Whole]) -> None:
+        for whole in wholes:
+            async with self._turn(whole.number):
+                if whole.content is None:
+                    chunk = await self._zero(self._assembly.size_of(whole.number))
+                else:
+                    chunk = await self._store.put(whole.content)
+                self._chunks[whole.number] = chunk
+        if self._assembly.held_bytes > HELD_BYTES:
+            # In a full copy there is nothing yet that they could lie over: they become whole soon.
+            await self._complete([one for one in self._assembly.parts if self._chunks[one] is not None])
+
+    async def _complete(self, numbers: Sequence[int]) -> None:
+        """Put what was written of chunks over what they held before."""
+        for number in numbers:
+            async with self._turn(number):
+                before = self._chunks[number]
+                if before is None or number not in self._assembly.parts:  # else it has become whole meanwhile
+                    continue
+                overlay = self._assembly.take(number)
+                self._chunks[number] = await self._store.put(overlay.over(await self._store.get(before)))
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, number: int) -> AsyncIterator[None]:
+        """One thing at a time is done to a chunk, in the order in which it was begun."""
+        before, mine = self._turns.get(number), asyncio.get_running_loop().create_future()
+        self._turns[number] = mine
+        try:
+            if before is not None:
+                await asyncio.shield(before)
+            yield
+        finally:
+            mine.set_result(None)
+            if self._turns[number] is mine:
+                del self._turns[number]
+
+    async def _zero(self, length: int) -> bytes:
+        if length not in self._zeroes:
+            self._zeroes[length] = await self._store.put(bytes(length))
+        return self._zeroes[length]
