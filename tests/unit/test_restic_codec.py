@@ -34,7 +34,7 @@ from orchestrator.target.restic.errors import Damaged, WrongPassword
 from orchestrator.target.restic.lock_file import LockFile
 from orchestrator.target.restic.pack import BlobKind, Entry, PackBuilder, open_blob, seal_blob
 from orchestrator.target.restic.snapshot import ResticSnapshot
-from orchestrator.target.restic.tree import FileNode
+from orchestrator.target.restic.tree import FileContent, FileNode
 
 KEY = Key(encrypt=bytes(range(32)), mac_k=bytes(range(32, 48)), mac_r=bytes(range(48, 64)))
 NOON = datetime(2026, 11, 22, 12, 0, 0, 500_000, UTC)
@@ -486,9 +486,9 @@ def test_times_are_read_as_restic_writes_them() -> None:
 def test_a_tree_is_byte_for_byte_as_restics() -> None:
     one, two = "ab" * 32, "cd" * 32
     files = [
-        FileNode("vm.json", 2, [bytes.fromhex(two)], NOON),
-        FileNode('a<b>&"c\\.raw', 5, [bytes.fromhex(one), bytes.fromhex(two)], NOON.replace(microsecond=0)),
-        FileNode("empty.raw", 0, [], NOON),
+        FileNode("vm.json", FileContent(2, [bytes.fromhex(two)]), NOON),
+        FileNode('a<b>&"c\\.raw', FileContent(5, [bytes.fromhex(one), bytes.fromhex(two)]), NOON.replace(microsecond=0)),
+        FileNode("empty.raw", FileContent(0, []), NOON),
     ]
     half = ',"mtime":"2026-11-22T12:00:00.5Z","atime":"2026-11-22T12:00:00.5Z","ctime":"2026-11-22T12:00:00.5Z"'
     whole, root = half.replace(".5Z", "Z"), ',"uid":0,"gid":0,"user":"root","group":"root"'
@@ -511,10 +511,10 @@ def test_a_tree_is_byte_for_byte_as_restics() -> None:
     )
 )
 def test_a_tree_is_read_as_it_was_written(files: dict[str, list[bytes]]) -> None:
-    written = tree.encode(FileNode(name, 7, content, NOON) for name, content in files.items())
+    written = tree.encode(FileNode(name, FileContent(7, content), NOON) for name, content in files.items())
     nodes = tree.decode(written, file="x")
     assert [node.name for node in nodes] == [tree.quote(name) for name in sorted(files)]
-    assert {node.name: list(node.content) for node in nodes} == {
+    assert {node.name: list(node.content.chunks) for node in nodes} == {
         tree.quote(name): content for name, content in files.items()
     }
 
@@ -522,12 +522,12 @@ def test_a_tree_is_read_as_it_was_written(files: dict[str, list[bytes]]) -> None
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "ä", "a\n", "\x7f"])
 def test_names_that_we_do_not_write(name: str) -> None:
     with pytest.raises(ValueError, match="no name"):
-        tree.encode([FileNode(name, 0, [], NOON)])
+        tree.encode([FileNode(name, FileContent(0, []), NOON)])
 
 
 def test_a_name_twice_is_refused_and_is_damage() -> None:
     with pytest.raises(ValueError, match="twice"):
-        tree.encode([FileNode("a", 0, [], NOON), FileNode("a", 0, [], NOON)])
+        tree.encode([FileNode("a", FileContent(0, []), NOON), FileNode("a", FileContent(0, []), NOON)])
     with pytest.raises(Damaged, match="twice"):
         tree.decode(b'{"nodes":[{"name":"a","type":"file"},{"name":"a","type":"file"}]}', file="tree 1")
 
@@ -538,7 +538,7 @@ def test_what_restic_writes_of_folders_and_links_is_read() -> None:
         b'{"name":"l","type":"symlink","linktarget":"d","content":null}]}\n'
     )
     folder, link = tree.decode(text, file="x")
-    assert (folder.subtree, folder.content, link.kind) == (bytes.fromhex("ab" * 32), (), "symlink")
+    assert (folder.subtree, folder.content, link.kind) == (bytes.fromhex("ab" * 32), FileContent(0, []), "symlink")
     with pytest.raises(Damaged, match="subtree"):
         tree.decode(b'{"nodes":[{"name":"d","type":"dir"}]}', file="x")
 

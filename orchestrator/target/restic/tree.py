@@ -20,12 +20,19 @@ _GO_ESCAPES = str.maketrans({character: f"\\u{ord(character):04x}" for character
 
 
 @dataclass(frozen=True, slots=True)
+class FileContent:
+    """How long a file is, and the ids of its chunks in their order."""
+
+    size_bytes: int
+    chunks: Sequence[bytes]
+
+
+@dataclass(frozen=True, slots=True)
 class FileNode:
-    """A regular file, of root's and readable to nobody else. `content`: the ids of its chunks, in their order."""
+    """A regular file, of root's and readable to nobody else."""
 
     name: str
-    size_bytes: int
-    content: Sequence[bytes]
+    content: FileContent
     modified: datetime
 
 
@@ -35,8 +42,7 @@ class Node:
 
     name: str
     kind: str
-    size_bytes: int
-    content: tuple[bytes, ...]
+    content: FileContent
     subtree: bytes | None
 
 
@@ -78,11 +84,11 @@ def _encode_node(node: FileNode) -> bytes:
         "gid": 0,
         "user": "root",
         "group": "root",
-        **({"size": node.size_bytes} if node.size_bytes else {}),
+        **({"size": node.content.size_bytes} if node.content.size_bytes else {}),
         "links": 1,
     }
     opened = json.dumps(head, separators=(",", ":")).translate(_GO_ESCAPES).removesuffix("}").encode()
-    chunks = b'","'.join(chunk.hex().encode() for chunk in node.content)
+    chunks = b'","'.join(chunk.hex().encode() for chunk in node.content.chunks)
     return b"".join((opened, b',"content":[', b'"' + chunks + b'"' if chunks else b"", b"]}"))
 
 
@@ -91,10 +97,5 @@ def _decode_node(node: Fields) -> Node:
     subtree = node.identity("subtree") if node.has("subtree") else None
     if kind == "dir" and subtree is None:
         raise Damaged(node.file, "a folder in it has no subtree")
-    return Node(
-        node.text("name"),
-        kind,
-        node.integer("size", 0, largest=UINT64),
-        tuple(node.identities("content")),
-        subtree,
-    )
+    content = FileContent(node.integer("size", 0, largest=UINT64), node.identities("content"))
+    return Node(node.text("name"), kind, content, subtree)

@@ -1,0 +1,205 @@
+"""A repository: opened by a password, locked, its index loaded; then read, and written by a Writer.
+
+    repository = await Repository.open(backend, password)
+    async with repository.lock() as lock:
+        await repository.load_index()           after locking: nobody prunes what it lists
+        writer = repository.writer(lock)
+
+Reading is checked to the last byte: by names, authentication codes, lengths and hashes; what does not fit is
+Damaged. Methods that block say so, and may be called from any thread. Cancelling the others leaves the
+repository as it is or waits until they are done.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from orchestrator import aio
+from orchestrator.target.restic import access, envelope, index_file, lock, pack, snapshot, tree
+from orchestrator.target.restic.access import Opened
+from orchestrator.target.restic.backend.base import Backend, File, Kind
+from orchestrator.target.restic.blob_index import BlobIndex, Location
+from orchestrator.target.restic.crypto import Cost
+from orchestrator.target.restic.errors import Damaged, FileMissing
+from orchestrator.target.restic.index_file import Listed
+from orchestrator.target.restic.lock import Lock, Pace
+from orchestrator.target.restic.pack import BlobKind
+from orchestrator.target.restic.snapshot import ResticSnapshot
+from orchestrator.target.restic.tree import FileContent, Node
+from orchestrator.target.restic.writer import Writer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The snapshots that there are, oldest first; and those whose files are damaged, which hide no other."""
+
+    snapshots: tuple[ResticSnapshot, ...]
+    damaged: tuple[Damaged, ...]
+
+
+class Repository:
+    """See the module."""
+
+    def __init__(self, backend: Backend, opened: Opened) -> None:
+        self._backend = backend
+        self._opened = opened
+        self._key = opened.key
+        self._index = BlobIndex()
+        self._snapshots: dict[bytes, ResticSnapshot] = {}
+
+    def __repr__(self) -> str:
+        return f"<Repository {self._backend.place}>"
+
+    @classmethod
+    async def create(cls, backend: Backend, password: str, *, cost: Cost | None = None) -> "Repository":
+        """Make a repository. TargetError's code is "repository-exists" if there is one."""
+        return cls(backend, await _finish(access.create, backend, password, cost=cost))
+
+    @classmethod
+    async def open(cls, backend: Backend, password: str) -> "Repository":
+        """Open one, trying all keys, half a second each.
+
+        Raises NoRepository, WrongPassword, Damaged, BackendError.
+        """
+        return cls(backend, await asyncio.to_thread(access.open_with, backend, password))
+
+    @property
+    def identity(self) -> bytes:
+        """What tells it from all others: 32 bytes."""
+        return self._opened.config.identity
+
+    async def add_password(self, password: str, *, cost: Cost | None = None) -> bytes:
+        """Have another password open it, too; return its key file's id."""
+        return await _finish(access.add_password, self._backend, self._key, password, cost=cost)
+
+    async def remove_password(self, key_file: bytes) -> None:
+        """Have a password open it no more. WrongPassword if it is open with that one."""
+        await _finish(access.remove_password, self._backend, self._opened, key_file)
+
+    @asynccontextmanager
+    async def lock(self, *, pace: Pace | None = None) -> AsyncIterator[Lock]:
+        """Hold a lock for the block. Raises RepositoryLocked if somebody works on it alone; see `lock.held`."""
+        async with lock.held(self._backend, self._key, pace=pace) as ours:
+            yield ours
+
+    async def remove_stale_locks(self) -> int:
+        """Remove locks whose holders are gone, as `restic unlock` does; return how many."""
+        return await _finish(lock.remove_stale, self._backend, self._key)
+
+    async def load_index(self) -> None:
+        """Learn from all index files where blobs are, instead of what was known. Raises Damaged, BackendError."""
+        index = BlobIndex()
+        await asyncio.to_thread(lambda: index.load(self._listed()))
+        self._index = index
+
+    def writer(self, held: Lock, **options: Any) -> Writer:
+        """What writes a snapshot while the lock is held, and the index is loaded. `options`: `Writer`."""
+        return Writer(self._backend, self._key, self._index, held, **options)
+
+    def has_chunk(self, identity: bytes) -> bool:
+        """Whether a chunk is there."""
+        return self._index.has(BlobKind.DATA, identity)
+
+    def read_blob(self, identity: bytes, kind: BlobKind = BlobKind.DATA) -> bytes:
+        """Return a blob whose hash is its id. Blocks. Raises Damaged if no pack has it any more, BackendError.
+
+        Where one pack is missing or damaged, another one that has the blob is read.
+        """
+        failure = Damaged(f"{kind} blob {identity.hex()}", "no index file says where it is")
+        for number, location in enumerate(self._index.find(kind, identity)):
+            try:
+                return self._read_at(location)
+            except Damaged as error:
+                failure = failure if number else error
+        raise failure
+
+    def read_file(self, content: FileContent) -> Iterator[bytes]:
+        """Return a file's chunks in turn. Blocks. Raises as `read_blob`, and Damaged for a wrong length."""
+        length = 0
+        for identity in content.chunks:
+            chunk = self.read_blob(identity)
+            length += len(chunk)
+            yield chunk
+        if length != content.size_bytes:
+            raise Damaged("a file", f"it has {length} bytes where its tree says {content.size_bytes}")
+
+    def read_tree(self, identity: bytes) -> list[Node]:
+        """Return what is in a folder. Blocks. Raises as `read_blob`."""
+        return tree.decode(self.read_blob(identity, BlobKind.TREE), file=f"tree {identity.hex()}")
+
+    async def files(self, made: ResticSnapshot) -> dict[str, FileContent]:
+        """Return the files at the top of a snapshot. Raises Damaged, BackendError."""
+        nodes = await asyncio.to_thread(self.read_tree, made.tree)
+        return {node.name: node.content for node in nodes if node.kind == "file"}
+
+    def on_grid(self, content: FileContent, chunk_bytes: int) -> bool:
+        """Whether a file's chunk n holds exactly what begins at n times `chunk_bytes`, and all chunks are there.
+
+        Only then can single chunks be exchanged in the list. restic's own chunks vary in length.
+        """
+        whole, last_bytes = divmod(content.size_bytes, chunk_bytes)
+        if len(content.chunks) != whole + (last_bytes > 0):
+            return False
+        lengths = {identity: self._length(identity) for identity in set(content.chunks)}
+        if any(lengths[identity] != chunk_bytes for identity in content.chunks[:whole]):
+            return False
+        return not last_bytes or lengths[content.chunks[-1]] == last_bytes
+
+    async def snapshots(self) -> Listing:
+        """Return all snapshots, oldest first. Raises BackendError."""
+        return await asyncio.to_thread(self._read_snapshots)
+
+    async def forget(self, made: ResticSnapshot) -> None:
+        """Take a snapshot off the list; its space is free after `restic prune`. Nothing to do if it is gone."""
+        if made.identity is None:
+            raise ValueError("a snapshot that was never saved")
+        await _finish(self._backend.remove, File(Kind.SNAPSHOTS, made.identity))
+
+    def _read_at(self, location: Location) -> bytes:
+        file, entry = File(Kind.DATA, location.pack), location.entry
+        try:
+            sealed = self._backend.read(file, offset=entry.offset, length=entry.length)
+        except FileMissing:
+            raise Damaged(file.path, "it is missing") from None
+        return pack.open_blob(sealed, entry, self._key, file=file.path)
+
+    def _length(self, identity: bytes) -> int | None:
+        for location in self._index.find(BlobKind.DATA, identity):
+            return location.entry.content_bytes
+        return None
+
+    def _listed(self) -> Iterator[Listed]:
+        for stored in self._backend.list(Kind.INDEX):
+            file = stored.file
+            content = self._backend.read(file)
+            envelope.check_name(content, identity=file.identity, file=file.path)
+            yield from index_file.open_sealed(content, self._key, file=file.path)
+
+    def _read_snapshots(self) -> Listing:
+        found: dict[bytes, ResticSnapshot] = {}
+        damaged: list[Damaged] = []
+        for stored in self._backend.list(Kind.SNAPSHOTS):
+            file = stored.file
+            known = self._snapshots.get(file.identity)  # a file never changes
+            try:
+                found[file.identity] = known or self._read_snapshot(file)
+            except FileMissing:
+                continue  # forgotten meanwhile
+            except Damaged as error:
+                damaged.append(error)
+        self._snapshots = found
+        ordered = sorted(found.values(), key=lambda made: (made.time, made.identity))
+        return Listing(tuple(ordered), tuple(damaged))
+
+    def _read_snapshot(self, file: File) -> ResticSnapshot:
+        content = self._backend.read(file)
+        return snapshot.open_sealed(content, self._key, identity=file.identity, file=file.path)
+
+
+async def _finish(work: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """Run what blocks and changes something; a thread cannot be cancelled, so it is awaited to its end."""
+    return await aio.finish(asyncio.to_thread(work, *arguments, **options))

@@ -1,0 +1,218 @@
+"""Writing a snapshot: chunks first, then the tree that lists them, then the snapshot that names the tree.
+
+    identity, was_new = writer.add_chunk(content)      from any number of threads; blocks while packs are saved
+    tree = await writer.write_file_tree(files, …)
+    snapshot = await writer.commit(ResticSnapshot(…))  packs → index → snapshot: listed, and durable
+
+Until `commit` nothing is listed; what was written before is found again by the next run once it is in an index
+file, and `restic prune` removes the rest. After an error nothing more can be written: it is raised again by
+every call. Each thread that adds fills a pack of its own: memory is `pack_bytes` a thread, and back-pressure is
+the caller's.
+"""
+
+import asyncio
+import dataclasses
+import hashlib
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from orchestrator import aio
+from orchestrator.target.restic import index_file, pack, snapshot, tree
+from orchestrator.target.restic.backend.base import Backend, File, Kind
+from orchestrator.target.restic.blob_index import BlobIndex
+from orchestrator.target.restic.crypto import Key
+from orchestrator.target.restic.lock import Lock
+from orchestrator.target.restic.pack import BlobKind, Pack, PackBuilder
+from orchestrator.target.restic.snapshot import ResticSnapshot
+from orchestrator.target.restic.tree import FileContent, FileNode
+from orchestrator.units import MIB
+
+CHUNK_BYTES: Final = 4 * MIB
+VM_FILE: Final = "vm.json"
+_PACK_BYTES: Final = 32 * MIB
+_BLOBS_A_FILE: Final = 20_000
+"""So many are in one index file, and need not be written again after a run that broke: 80 GiB of chunks."""
+
+
+@dataclass(slots=True)
+class Written:
+    """What was new. `added_bytes` before, `added_packed_bytes` after compressing and sealing."""
+
+    data_blobs: int = 0
+    tree_blobs: int = 0
+    added_bytes: int = 0
+    added_packed_bytes: int = 0
+
+
+class Writer:
+    """See the module. `key` and `index` are the repository's, which must be loaded after locking."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        key: Key,
+        index: BlobIndex,
+        lock: Lock,
+        *,
+        pack_bytes: int = _PACK_BYTES,
+    ) -> None:
+        if not pack.SMALLEST_TARGET_BYTES <= pack_bytes <= pack.LARGEST_TARGET_BYTES:
+            raise ValueError(f"packs of {pack_bytes} bytes: 16 to 64 MiB are allowed")
+        self._backend, self._key, self._index, self._lock = backend, key, index, lock
+        self._pack_bytes = pack_bytes
+        self._turn = threading.Lock()
+        self._busy = 0
+        self._failure: Exception | None = None
+        self._pending: dict[tuple[BlobKind, bytes], int] = {}  # being written: their lengths
+        self._open: list[PackBuilder] = []  # those that no thread is filling right now
+        self._unlisted: list[Pack] = []
+        self._zeros: dict[int, bytes] = {}
+        self.written = Written()
+
+    def add_chunk(self, chunk: bytes | memoryview) -> tuple[bytes, bool]:
+        """Have a chunk in the repository; return its id, and whether it was new. Blocks; from any thread.
+
+        Raises LockLost, BackendError, or what another call raised before.
+        """
+        return self._add(BlobKind.DATA, chunk)
+
+    def add_zeros(self, length: int) -> tuple[bytes, bool]:
+        """As `add_chunk` of so many zeroes, which are hashed once."""
+        known = self._zeros.get(length)
+        if known is not None:
+            return known, False
+        identity, was_new = self._add(BlobKind.DATA, bytes(length))
+        self._zeros[length] = identity
+        return identity, was_new
+
+    async def write_file_tree(self, files: Mapping[str, FileContent], vm_json: bytes, modified: datetime) -> bytes:
+        """Write the tree of `files` by name and of `vm.json`, and return its id.
+
+        Raises as `add_chunk` does, and ValueError if a file's chunks are unknown or not as long as the file.
+        Cancelling it waits until it is done.
+        """
+        return await aio.finish(asyncio.to_thread(self._write_tree, files, vm_json, modified))
+
+    async def commit(self, made: ResticSnapshot) -> ResticSnapshot:
+        """Make all that was added durable, then the snapshot; return it with its id. No chunk may be on its way.
+
+        Raises as `add_chunk` does: the snapshot is not listed then, but after Unreachable, which may mean that
+        only the answer was lost. Cancelling it waits until it is done: whether it is listed, `snapshots` says.
+        """
+        return await aio.finish(asyncio.to_thread(self._commit, made))
+
+    def flush(self) -> None:
+        """Make all that was added durable, and findable by the next run. Blocks; no chunk may be on its way."""
+        with self._turn:
+            self._raise_failure()
+            if self._busy:
+                raise RuntimeError("flushed while chunks are being added")
+            builders, self._open = self._open, []
+        try:
+            for builder in builders:
+                self._save_pack(builder)
+            self._save_index(at_least=1)
+        except Exception as error:
+            self._failure = error
+            raise
+
+    def _commit(self, made: ResticSnapshot) -> ResticSnapshot:
+        self.flush()
+        if not self._index.has(BlobKind.TREE, made.tree):
+            raise ValueError(f"a snapshot of a tree that is not there: {made.tree.hex()}")
+        content = snapshot.seal(made, self._key)
+        identity = hashlib.sha256(content).digest()
+        self._lock.check()
+        self._backend.save(File(Kind.SNAPSHOTS, identity), content)
+        return dataclasses.replace(made, identity=identity)
+
+    def _write_tree(self, files: Mapping[str, FileContent], vm_json: bytes, modified: datetime) -> bytes:
+        parts = [vm_json[at : at + CHUNK_BYTES] for at in range(0, len(vm_json), CHUNK_BYTES)]
+        contents = {**files, VM_FILE: FileContent(len(vm_json), [self.add_chunk(part)[0] for part in parts])}
+        for name, content in contents.items():
+            self._check_length(name, content)
+        nodes = [FileNode(name, content, modified) for name, content in contents.items()]
+        return self._add(BlobKind.TREE, tree.encode(nodes))[0]
+
+    def _check_length(self, name: str, content: FileContent) -> None:
+        """`restic check` does not see that a file is longer or shorter than its chunks."""
+        lengths = {identity: self._length(identity) for identity in set(content.chunks)}
+        total = sum(lengths[identity] for identity in content.chunks)
+        if total != content.size_bytes:
+            raise ValueError(f"{name} has {content.size_bytes} bytes, and its chunks have {total}")
+
+    def _length(self, identity: bytes) -> int:
+        with self._turn:
+            pending = self._pending.get((BlobKind.DATA, identity))
+        if pending is not None:
+            return pending
+        for location in self._index.find(BlobKind.DATA, identity):
+            return location.entry.content_bytes
+        raise ValueError(f"no such chunk: {identity.hex()}")
+
+    def _add(self, kind: BlobKind, plain: bytes | memoryview) -> tuple[bytes, bool]:
+        identity = hashlib.sha256(plain).digest()
+        with self._turn:
+            self._raise_failure()
+            self._lock.check()
+            if (kind, identity) in self._pending or self._index.has(kind, identity):
+                return identity, False
+            self._pending[kind, identity] = len(plain)
+            self._busy += 1
+        try:
+            self._put(pack.seal_blob(kind, identity, plain, self._key), len(plain))
+        except Exception as error:
+            self._failure = self._failure or error
+            raise
+        finally:
+            with self._turn:
+                self._busy -= 1
+        return identity, True
+
+    def _put(self, blob: pack.SealedBlob, plain_bytes: int) -> None:
+        builder = self._take(blob.kind)
+        builder.add(blob)
+        if builder.full:
+            self._save_pack(builder)
+            self._save_index(at_least=_BLOBS_A_FILE)
+        with self._turn:
+            if not builder.full:
+                self._open.append(builder)
+            self.written.data_blobs += blob.kind is BlobKind.DATA
+            self.written.tree_blobs += blob.kind is BlobKind.TREE
+            self.written.added_bytes += plain_bytes
+            self.written.added_packed_bytes += len(blob.sealed)
+
+    def _take(self, kind: BlobKind) -> PackBuilder:
+        with self._turn:
+            for at, builder in enumerate(self._open):
+                if builder.kind is kind:
+                    return self._open.pop(at)
+        return PackBuilder(kind, self._pack_bytes)
+
+    def _save_pack(self, builder: PackBuilder) -> None:
+        made = builder.finish(self._key)
+        self._lock.check()
+        self._backend.save(File(Kind.DATA, made.identity), made.content)
+        self._index.add(made.identity, made.entries)
+        with self._turn:
+            for entry in made.entries:
+                self._pending.pop((entry.kind, entry.identity), None)
+            self._unlisted.append(dataclasses.replace(made, content=b""))
+
+    def _save_index(self, *, at_least: int) -> None:
+        with self._turn:
+            packs = self._unlisted
+            if sum(len(made.entries) for made in packs) < at_least:
+                return
+            self._unlisted = []
+        content = index_file.seal(((made.identity, made.entries) for made in packs), self._key)
+        self._lock.check()
+        self._backend.save(File(Kind.INDEX, hashlib.sha256(content).digest()), content)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
