@@ -1,0 +1,172 @@
+"""What a mover does between being started and being told to commit: a repository, and a sink for each disk.
+
+    async with Session.opened(backend, password) as session:
+        session.add("vda", size_bytes, connected)   QEMU, at the other end of the socket, writes the disk
+        chunks = await session.seal("vda")          once QEMU has closed it
+        snapshot = await session.commit(…)          all of it is listed, or nothing is
+
+Whatever ends it before `commit`, nothing is listed, and what was written waits for `restic prune`.
+"""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from orchestrator import __version__, aio
+from orchestrator.errors import TargetError
+from orchestrator.nbd.connection import Trouble
+from orchestrator.nbd.server import NbdServer
+from orchestrator.target.mover.assembly import CHUNK_BYTES
+from orchestrator.target.mover.sink import BufferPool, DiskSink, IncompleteError
+from orchestrator.target.mover.store import RepositoryStore
+from orchestrator.target.restic.backend.base import Backend
+from orchestrator.target.restic.repository import Repository
+from orchestrator.target.restic.snapshot import ResticSnapshot, Summary
+from orchestrator.target.restic.tree import FileContent
+from orchestrator.target.restic.writer import Writer
+
+THREADS = 2
+BUFFERS = 16
+"""As many whole chunks as QEMU has under way; 64 MiB, which all disks share."""
+
+
+@dataclass(slots=True)
+class _Disk:
+    sink: DiskSink
+    serving: asyncio.Task[None]
+    parent: FileContent | None
+    chunks: list[bytes] | None = None
+
+
+class Session:
+    """See the module. `Session.opened` makes one."""
+
+    def __init__(self, repository: Repository, writer: Writer, store: RepositoryStore) -> None:
+        self._repository = repository
+        self._writer = writer
+        self._store = store
+        self._pool = BufferPool(BUFFERS)
+        self._disks: dict[str, _Disk] = {}
+        self._troubles: dict[str, Exception] = {}
+        self._started = datetime.now(UTC)
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def opened(cls, backend: Backend, password: str, *, threads: int = THREADS) -> AsyncIterator["Session"]:
+        """Open and lock a repository for the block. Raises TargetError, as `Repository` says."""
+        repository = await Repository.open(backend, password)
+        async with repository.lock() as held:
+            await repository.load_index()
+            writer = repository.writer(held)
+            with ThreadPoolExecutor(threads) as workers:
+                session = cls(repository, writer, RepositoryStore(repository, writer, workers))
+                try:
+                    yield session
+                finally:
+                    await aio.finish(session._cut_off())
+
+    async def files(self, snapshot: bytes) -> Mapping[str, FileContent]:
+        """The files of a snapshot whose chunks can be built on. Raises TargetError ("no-snapshot", damaged)."""
+        listing = await self._repository.snapshots()
+        for one in listing.snapshots:
+            if snapshot in (one.identity, one.original):
+                return await self._repository.files(one)
+        raise TargetError(f"there is no snapshot {snapshot.hex()[:8]} in the repository", code="no-snapshot")
+
+    def add(
+        self, disk: str, size_bytes: int, connected: socket.socket, *, parent: FileContent | None = None
+    ) -> None:
+        """Serve a disk's sink, under its name, to QEMU at the other end of a socket, which is taken over.
+
+        With a `parent`, what is not written is as it is there. Raises TargetError ("parent-unusable").
+        """
+        if parent is not None and not (
+            parent.size_bytes == size_bytes and self._repository.on_grid(parent, CHUNK_BYTES)
+        ):
+            connected.close()
+            raise TargetError(
+                f"disk {disk} cannot be built on what the repository has of it: that is of another size, or lacks"
+                " chunks, or was not written by vmfleece",
+                hint="back it up with --full",
+                code="parent-unusable",
+            )
+        sink = DiskSink(size_bytes, self._store, self._pool, parent=parent.chunks if parent else None)
+        server = NbdServer({disk: sink}, report=lambda trouble: self._note(disk, trouble))
+        self._disks[disk] = _Disk(sink, asyncio.create_task(server.converse(connected)), parent)
+
+    def written_bytes(self) -> dict[str, int]:
+        """How much QEMU has written of each disk."""
+        return {name: disk.sink.written_bytes for name, disk in self._disks.items()}
+
+    async def seal(self, disk: str) -> FileContent:
+        """A disk's content, once QEMU has left. Raises TargetError: what is not whole is none."""
+        one = self._disks[disk]
+        await one.serving
+        if disk in self._troubles:
+            raise _explained(disk, self._troubles[disk])
+        try:
+            one.chunks = await one.sink.finish()
+        except (IncompleteError, OSError) as error:
+            raise _explained(disk, error) from error
+        return FileContent(one.sink.size_bytes, one.chunks)
+
+    async def commit(self, snapshot: ResticSnapshot, vm_json: bytes) -> ResticSnapshot:
+        """List a snapshot of all sealed disks, as `DISK.raw`, and of `vm.json`. Raises TargetError.
+
+        Of `snapshot`, `tree` and `summary` are set here.
+        """
+        files = {
+            f"{name}.raw": FileContent(one.sink.size_bytes, one.chunks)
+            for name, one in self._disks.items()
+            if one.chunks is not None
+        }
+        tree = await self._writer.write_file_tree(files, vm_json, snapshot.time)
+        made = replace(
+            snapshot,
+            tree=tree,
+            program_version=f"vmfleece {__version__}",
+            summary=self._summary(files, vm_json).document(),
+        )
+        return await self._writer.commit(made)
+
+    def _summary(self, files: Mapping[str, FileContent], vm_json: bytes) -> Summary:
+        written = self._writer.written
+        changed = sum(one.parent is not None for one in self._disks.values())
+        return Summary(
+            started=self._started,
+            ended=datetime.now(UTC),
+            files_new=len(files) + 1 - changed,
+            files_changed=changed,
+            data_blobs=written.data_blobs,
+            tree_blobs=written.tree_blobs,
+            added_bytes=written.added_bytes,
+            added_packed_bytes=written.added_packed_bytes,
+            total_files=len(files) + 1,
+            total_bytes=sum(content.size_bytes for content in files.values()) + len(vm_json),
+        )
+
+    def _note(self, disk: str, trouble: Trouble) -> None:
+        self._troubles.setdefault(disk, trouble.error)
+
+    async def _cut_off(self) -> None:
+        serving = [one.serving for one in self._disks.values()]
+        for task in serving:
+            task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
+
+
+def _explained(disk: str, error: Exception) -> TargetError:
+    """The error that a disk's content is not whole. What the repository said says most."""
+    if isinstance(error.__cause__, TargetError):
+        return error.__cause__
+    if isinstance(error, TargetError):
+        return error
+    return TargetError(
+        f"disk {disk}: its content did not arrive whole: {error}",
+        hint="QEMU ended the connection, or its job did; try again",
+        code="target-write-failed",
+    )
