@@ -30,7 +30,7 @@ packs = st.lists(st.tuples(st.binary(min_size=32, max_size=32), st.lists(entries
 @given(packs, packs)
 def test_it_finds_what_a_dictionary_finds(
     loaded: list[tuple[bytes, list[Entry]]], added: list[tuple[bytes, list[Entry]]]
-) -> None:  # noqa: E501
+) -> None:
     index = BlobIndex()
     index.load(loaded)
     expected: dict[tuple[BlobKind, bytes], set[Location]] = defaultdict(set)

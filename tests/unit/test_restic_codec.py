@@ -485,9 +485,10 @@ def test_times_are_read_as_restic_writes_them() -> None:
 
 def test_a_tree_is_byte_for_byte_as_restics() -> None:
     one, two = "ab" * 32, "cd" * 32
+    both = [bytes.fromhex(one), bytes.fromhex(two)]
     files = [
-        FileNode("vm.json", FileContent(2, [bytes.fromhex(two)]), NOON),
-        FileNode('a<b>&"c\\.raw', FileContent(5, [bytes.fromhex(one), bytes.fromhex(two)]), NOON.replace(microsecond=0)),
+        FileNode("vm.json", FileContent(2, both[1:]), NOON),
+        FileNode('a<b>&"c\\.raw', FileContent(5, both), NOON.replace(microsecond=0)),
         FileNode("empty.raw", FileContent(0, []), NOON),
     ]
     half = ',"mtime":"2026-11-22T12:00:00.5Z","atime":"2026-11-22T12:00:00.5Z","ctime":"2026-11-22T12:00:00.5Z"'
