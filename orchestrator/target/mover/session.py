@@ -59,6 +59,8 @@ class Session:
     async def opened(cls, backend: Backend, password: str, *, threads: int = THREADS) -> AsyncIterator["Session"]:
         """Open and lock a repository for the block. Raises TargetError, as `Repository` says."""
         repository = await Repository.open(backend, password)
+        # A mover that was killed left its lock, and restic itself would let that stop it for ever.
+        await repository.remove_stale_locks()
         async with repository.lock() as held:
             await repository.load_index()
             writer = repository.writer(held)

@@ -1,0 +1,63 @@
+"""What a run and its mover say to each other: a JSON object a line. Pure.
+
+Requests have a number, and so do their answers.
+
+    → {"number": 1, "ask": "open", "place": "/srv/backup", "password": "…"}
+    ← {"number": 1, "value": null}
+    ← {"progress": {"vda": 4194304}}
+    ← {"number": 2, "error": {"kind": "Damaged", "code": …, "message": …, "hint": …}}
+
+A request that comes with a descriptor says so ("descriptor": true); they are passed in the order of the requests.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from orchestrator.errors import TargetError, VmfleeceError
+
+Message = dict[str, Any]
+
+
+def encode(message: Message) -> bytes:
+    """A line."""
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+class Lines:
+    """Makes messages of what comes in pieces. Raises ValueError for what is none."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> Iterator[Message]:
+        """Give the messages that are whole now."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            yield json.loads(line)
+
+
+def of_error(error: Exception) -> Message:
+    """An error as a message; a bug is told by its class."""
+    if isinstance(error, VmfleeceError):
+        report = {"code": error.code, "message": error.message, "hint": error.hint}
+        return {"kind": type(error).__name__, **report}
+    return {"kind": "", "code": "bug", "message": f"{type(error).__name__}: {error}", "hint": ""}
+
+
+def to_error(message: Message) -> VmfleeceError:
+    """The error that a message tells of: of the same class, so that it is retried and exits as it would here."""
+    kind = _kinds().get(message["kind"], TargetError)
+    error = kind.__new__(kind)
+    VmfleeceError.__init__(error, message["message"], hint=message["hint"], code=message["code"])
+    return error
+
+
+def _kinds() -> dict[str, type[VmfleeceError]]:
+    found: dict[str, type[VmfleeceError]] = {}
+    waiting: list[type[VmfleeceError]] = [VmfleeceError]
+    while waiting:
+        kind = waiting.pop()
+        found[kind.__name__] = kind
+        waiting += kind.__subclasses__()
+    return found

@@ -1,0 +1,170 @@
+"""The run's side: starts the worker process, and asks it.
+
+    async with Mover.started(place, password) as mover:
+        await mover.add("vda", size_bytes, theirs, parent=…)   `theirs`: the other end of QEMU's socket
+        await mover.seal("vda")
+        snapshot, summary = await mover.commit(…)
+
+The password goes over the socket that only the two have. When the block ends, so does the process, and nothing is
+listed unless `commit` returned. Errors are those that the repository raises, and "mover-died" (TargetError).
+"""
+
+import asyncio
+import base64
+import contextlib
+import itertools
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from orchestrator import aio
+from orchestrator.errors import TargetError
+from orchestrator.target.mover import messages
+from orchestrator.target.mover.messages import Lines, Message
+
+RECEIVE_BYTES = 64 * 1024
+END_SECONDS = 30.0
+LAST_WORDS = 2000
+
+
+class Mover:
+    """See the module. `Mover.started` makes one."""
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        control: socket.socket,
+        on_progress: Callable[[Mapping[str, int]], None],
+    ) -> None:
+        self._process = process
+        self._control = control
+        self._on_progress = on_progress
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._turn = asyncio.Lock()
+        self._dead: TargetError | None = None
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def started(
+        cls,
+        place: Path,
+        password: str,
+        *,
+        on_progress: Callable[[Mapping[str, int]], None] = lambda _written: None,
+    ) -> AsyncIterator["Mover"]:
+        """A process that has opened and locked the repository, for the block. Raises TargetError."""
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        with ours:
+            with theirs:
+                process = await aio.acquire(
+                    asyncio.create_subprocess_exec(
+                        *(sys.executable, "-m", "orchestrator.target.mover", str(theirs.fileno())),
+                        stdin=asyncio.subprocess.DEVNULL,
+                        stdout=asyncio.subprocess.DEVNULL,
+                        stderr=asyncio.subprocess.PIPE,
+                        pass_fds=(theirs.fileno(),),
+                        start_new_session=True,  # the terminal's signals are for the run
+                    ),
+                    _end,
+                )
+            mover = cls(process, ours, on_progress)
+            try:
+                async with aio.background(mover._listen()):
+                    await mover._ask("open", place=str(place), password=password)
+                    yield mover
+            finally:
+                ours.close()  # that ends it
+                await aio.finish(_end_in_order(process))
+
+    async def add(self, disk: str, size_bytes: int, connected: socket.socket, *, parent: str = "") -> None:
+        """Have it serve a disk to QEMU at the other end of `connected`, which is taken over; see `Session.add`."""
+        with connected:
+            await self._ask("add", connected.fileno(), disk=disk, size_bytes=size_bytes, parent=parent)
+
+    async def seal(self, disk: str) -> int:
+        """Wait until QEMU has left the disk and its content is whole; returns its size in bytes."""
+        return int((await self._ask("seal", disk=disk))["size_bytes"])
+
+    async def commit(
+        self, vm: str, time: datetime, vm_json: bytes, *, tags: Sequence[str], parent: str = ""
+    ) -> tuple[str, dict[str, Any]]:
+        """List a snapshot of all disks; returns its id and restic's summary of it."""
+        document = base64.b64encode(vm_json).decode()
+        done = await self._ask(
+            "commit", vm=vm, time=time.isoformat(), vm_json=document, tags=list(tags), parent=parent
+        )
+        return done["snapshot"], done["summary"]
+
+    async def _ask(self, what: str, descriptor: int | None = None, **details: Any) -> Any:
+        if self._dead is not None:
+            raise self._dead
+        number = next(self._numbers)
+        answer = self._waiting[number] = asyncio.get_running_loop().create_future()
+        asked: Message = {"number": number, "ask": what, "descriptor": descriptor is not None, **details}
+        try:
+            async with self._turn:
+                await aio.finish(self._send(messages.encode(asked), descriptor))
+            return await answer
+        finally:
+            del self._waiting[number]
+
+    async def _send(self, data: bytes, descriptor: int | None) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            if descriptor is not None:  # it goes with the first byte; a blank is ignored before a message
+                socket.send_fds(self._control, [b" "], [descriptor])
+            await loop.sock_sendall(self._control, data)
+        except OSError as error:
+            raise self._dead or TargetError(f"the mover cannot be asked: {error}", code="mover-died") from error
+
+    async def _listen(self) -> None:
+        """Hand out answers until the worker is gone, and then what became of it."""
+        loop, lines = asyncio.get_running_loop(), Lines()
+        with contextlib.suppress(OSError):
+            while data := await loop.sock_recv(self._control, RECEIVE_BYTES):
+                for message in lines.feed(data):
+                    self._take(message)
+        stderr = await self._process.stderr.read() if self._process.stderr else b""
+        code = await self._process.wait()
+        said = stderr.decode(errors="replace").strip()[-LAST_WORDS:]
+        self._dead = TargetError(
+            f"the process that writes to the repository ended by itself (exit code {code})"
+            + (f": {said.splitlines()[-1]}" if said else ""),
+            hint="was it killed, for want of memory say? Nothing of the run is listed; try again",
+            code="mover-died",
+        )
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_exception(self._dead)
+
+    def _take(self, message: Message) -> None:
+        if "progress" in message:
+            self._on_progress(message["progress"])
+            return
+        waiting = self._waiting.get(message["number"])
+        if waiting is None or waiting.done():
+            return  # whoever asked was cancelled
+        if "error" in message:
+            waiting.set_exception(messages.to_error(message["error"]))
+        else:
+            waiting.set_result(message["value"])
+
+
+async def _end_in_order(process: asyncio.subprocess.Process) -> None:
+    """It gives its lock back first."""
+    try:
+        async with asyncio.timeout(END_SECONDS):
+            await process.wait()
+    except TimeoutError:
+        await _end(process)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()
