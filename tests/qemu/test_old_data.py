@@ -6,12 +6,13 @@ wrote zeroes, the job sees that, asks for no data, and the copy is zero.
 """
 
 import asyncio
+import itertools
 from pathlib import Path
 
 import pytest
 
 from orchestrator.model import Discard, Phase
-from tests.guest.versions import QEMUS, qemu
+from tests.guest.versions import qemu
 from tests.guest.vm import MIB, DiskSpec, GuestVm, Workload
 from tests.qemu.hooks import At
 from tests.qemu.host import FLEECED, Host, assert_succeeded
@@ -20,9 +21,14 @@ CLUSTER = 64 * 1024
 SIZE = 4 * MIB
 
 
-@pytest.mark.parametrize("first", [0, 1], ids=["the first of two", "the second of two"])
-@pytest.mark.parametrize("discard", [Discard.JOB, Discard.WINDOW])
-@pytest.mark.parametrize("version", QEMUS)
+@pytest.mark.parametrize(
+    ("version", "discard", "first"),
+    [
+        *itertools.product(["7.2"], [Discard.JOB, Discard.WINDOW], [0, 1]),
+        ("10.0", Discard.JOB, 0),
+        ("11.1", Discard.JOB, 0),
+    ],
+)
 async def test_every_other_cluster_is_zeroed(version: str, discard: Discard, first: int, tmp_path: Path) -> None:
     async with GuestVm(tmp_path / "vm", [DiskSpec("vda", SIZE)], Workload("idle"), qemu=qemu(version)) as vm:
         await vm.wait_ready()
