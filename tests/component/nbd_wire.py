@@ -10,6 +10,7 @@ from typing import Self
 
 from orchestrator.nbd import protocol
 from orchestrator.nbd.protocol import Act, Option, OptionReply
+from tests.component.nbd_memory import SOON_SECONDS
 
 HELLO = protocol.CLIENT_FLAGS.pack(protocol.FIXED_NEWSTYLE | protocol.NO_ZEROES)
 
@@ -76,7 +77,8 @@ class Wire:
 
     async def answer(self, *, reads: Container[int] = ()) -> Answer:
         """The next reply; `reads` are the cookies of those that have data."""
-        (magic,) = protocol.MAGIC.unpack(await self.reader.readexactly(4))
+        async with asyncio.timeout(SOON_SECONDS):
+            (magic,) = protocol.MAGIC.unpack(await self.reader.readexactly(4))
         if magic == protocol.SIMPLE_MAGIC:
             error, cookie = struct.unpack(">IQ", await self.reader.readexactly(12))
             size = self._lengths[cookie] if cookie in reads and not error else 0
@@ -101,9 +103,10 @@ class Wire:
         return answer
 
     async def is_cut_off(self) -> bool:
-        """Whatever is still to come, the end comes then."""
+        """Whatever is still to come, the end comes then, and soon."""
         with contextlib.suppress(ConnectionError):
-            await self.reader.read()
+            async with asyncio.timeout(SOON_SECONDS):
+                await self.reader.read()
         return True
 
     async def close(self) -> None:

@@ -8,7 +8,7 @@ import socket
 import stat
 import struct
 import tracemalloc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -27,12 +27,6 @@ from tests.component.world import open_descriptors
 
 SIZE = 4 * MIB + 512
 IMPATIENT = Limits(requests=4, held_bytes=4 * MIB, handshake_seconds=0.2, stall_seconds=0.2)
-
-
-@pytest.fixture(autouse=True)
-async def _soon() -> AsyncIterator[None]:
-    async with asyncio.timeout(SOON_SECONDS):
-        yield
 
 
 @pytest.fixture
@@ -56,9 +50,10 @@ async def still_serves(rig: Rig) -> None:
     await wire.leave()
 
 
-async def until(condition: object) -> None:
-    while not condition():  # type: ignore[operator]  a callable
-        await asyncio.sleep(0.005)
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(SOON_SECONDS):
+        while not condition():
+            await asyncio.sleep(0.005)
 
 
 def said(rig: Rig) -> str:
