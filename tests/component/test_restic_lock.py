@@ -257,15 +257,15 @@ async def test_whenever_it_is_cancelled_nothing_is_left(moment: int) -> None:
     assert locks(backend) == set()
 
 
-def test_locks_of_the_dead_are_removed_those_of_the_living_stay(backend: Watched) -> None:
+def test_locks_of_this_hosts_dead_are_removed_all_others_stay(backend: Watched) -> None:
     now = datetime.now(UTC)
     here = replace(THEIRS, hostname=this_host())
-    put(backend, replace(THEIRS, time=now - timedelta(minutes=31)))
     for dead in (0, 4_194_304 - 7, 2**31, 2**32 - 1):
         put(backend, replace(here, time=now, pid=dead))
     stay = {put(backend, replace(THEIRS, time=now)), put(backend, replace(here, time=now, pid=os.getpid()))}
     stay.add(put(backend, replace(here, time=now, pid=1)))
+    stay.add(put(backend, replace(THEIRS, time=now - timedelta(minutes=31))))
     garbage = File(Kind.LOCKS, bytes(32))
     backend.files[garbage] = b"garbage"
-    assert lock.remove_stale(backend, KEY) == 5
+    assert lock.remove_abandoned(backend, KEY) == 4
     assert locks(backend) == stay | {garbage}

@@ -4,15 +4,16 @@ import asyncio
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from orchestrator.errors import TargetError
+from orchestrator.target.restic import pack
 from orchestrator.target.restic.backend.base import CONFIG, Backend, Content, File, Kind
 from orchestrator.target.restic.backend.directory import DirectoryBackend
 from orchestrator.target.restic.backend.memory import MemoryBackend
@@ -32,6 +33,7 @@ from orchestrator.target.restic.tree import FileContent
 from orchestrator.target.restic.writer import Writer
 from orchestrator.units import MIB
 
+T = TypeVar("T")
 CHEAP = Cost(16, 1, 1)
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 PASSWORD = "correct horse"
@@ -279,14 +281,8 @@ async def test_whatever_cannot_be_saved_no_snapshot_is_listed_and_the_next_one_i
     repository = await Repository.create(backend, PASSWORD, cost=CHEAP)
     backend.fail = lambda file: Unreachable("gone") if file.kind is broken else None
     async with repository.lock() as lock:
-        writer = repository.writer(lock)
         with pytest.raises(Unreachable):
-            await write(writer, [chunk(1)])
-        if broken is not Kind.SNAPSHOTS:
-            with pytest.raises(Unreachable):
-                writer.add_chunk(chunk(2))
-            with pytest.raises(Unreachable):
-                writer.flush()
+            await write(repository.writer(lock), [chunk(1)])
     assert (await repository.snapshots()).snapshots == ()
     backend.fail = lambda _: None
     made = await backup(repository, [chunk(1)])
@@ -294,7 +290,42 @@ async def test_whatever_cannot_be_saved_no_snapshot_is_listed_and_the_next_one_i
     assert await content_of(repository, made) == chunk(1)
 
 
-async def test_a_failure_in_one_thread_ends_all() -> None:
+@pytest.mark.parametrize("broken", [Kind.DATA, Kind.INDEX, Kind.SNAPSHOTS])
+async def test_what_could_not_be_saved_is_once_that_is_possible_again(broken: Kind) -> None:
+    backend = Recorded()
+    repository = await Repository.create(backend, PASSWORD, cost=CHEAP)
+    contents = [chunk(number, MIB) for number in range(40)]
+    full = BackendError("full", code="target-full")
+    failures = [number % 3 != 2 for number in range(30)]
+
+    def fail(file: File) -> BackendError | None:
+        return full if file.kind is broken and failures.pop() else None
+
+    backend.fail = fail
+
+    async def again(work: Callable[[], Awaitable[T]]) -> T:
+        while True:
+            try:
+                return await work()
+            except BackendError:
+                continue
+
+    async with repository.lock() as lock:
+        writer = repository.writer(lock, pack_bytes=16 * MIB)
+        tasks = [again(lambda one=one: asyncio.to_thread(writer.add_chunk, one)) for one in contents]  # type: ignore[misc]
+        ids = [identity for identity, _ in await asyncio.gather(*tasks)]
+        assert writer.written.data_blobs == 40
+        files = {"vda.raw": FileContent(40 * MIB, ids)}
+        tree = await again(lambda: writer.write_file_tree(files, b"{}", NOON))
+        made = await again(lambda: writer.commit(made_of(tree)))
+    assert len(failures) < 30
+    await repository.load_index()
+    assert len(repository._index) == 42
+    assert len(files_of(backend, Kind.INDEX)) == 1
+    assert await content_of(repository, made) == b"".join(contents)
+
+
+async def test_while_nothing_can_be_saved_nothing_more_is_taken() -> None:
     backend = Recorded()
     repository = await Repository.create(backend, PASSWORD, cost=CHEAP)
     backend.fail = lambda file: BackendError("full", code="target-full") if file.kind is Kind.DATA else None
@@ -309,10 +340,28 @@ async def test_a_failure_in_one_thread_ends_all() -> None:
             return ""
 
         with ThreadPoolExecutor(3) as pool:
-            codes = list(pool.map(add, range(60)))
+            codes = list(pool.map(add, range(80)))
         assert codes[-1] == "target-full"
+        assert sum(len(one.content) for one in writer._unsaved) < 3 * 18 * MIB
         with pytest.raises(BackendError):
             await writer.commit(made_of(bytes(32)))
+
+
+async def test_what_fails_but_for_saving_fails_for_good(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    async with repository.lock() as lock:
+        writer = repository.writer(lock)
+        with monkeypatch.context() as patch:
+            patch.setattr(pack.PackBuilder, "add", no_memory)
+            with pytest.raises(MemoryError):
+                writer.add_chunk(chunk(1))
+        for act in (lambda: writer.add_chunk(chunk(1)), writer.flush):
+            with pytest.raises(TargetError, match="earlier part"):
+                act()
 
 
 async def test_a_lost_lock_ends_writing(repository: Repository, backend: Backend) -> None:

@@ -156,13 +156,14 @@ async def held(backend: Backend, key: Key, *, pace: Pace | None = None) -> Async
         await _finish(lock.release)
 
 
-def remove_stale(backend: Backend, key: Key) -> int:
-    """Remove locks of the dead, as `restic unlock` does but without signals; return how many. Blocks."""
+def remove_abandoned(backend: Backend, key: Key) -> int:
+    """Remove locks of this host's dead processes; return how many. Blocks.
+
+    restic leaves all locks to `restic unlock`, so one of ours that was killed would stop `prune` until then.
+    """
     count = 0
     for file, lock in _others(backend, key, ()):
-        if isinstance(lock, LockFile) and lock_file.stale(
-            lock, now=datetime.now(UTC), hostname=this_host(), alive=alive
-        ):
+        if isinstance(lock, LockFile) and lock_file.abandoned(lock, hostname=this_host(), alive=alive):
             backend.remove(file)
             count += 1
     return count

@@ -74,6 +74,12 @@ def stale(lock: LockFile, *, now: datetime, hostname: str, alive: Callable[[int]
 
     `alive` says whether a process of this host lives.
     """
-    if now - lock.time > STALE_AFTER:
-        return True
+    return now - lock.time > STALE_AFTER or abandoned(lock, hostname=hostname, alive=alive)
+
+
+def abandoned(lock: LockFile, *, hostname: str, alive: Callable[[int], bool]) -> bool:
+    """Whether a lock is surely nobody's: of a process of this host that is dead.
+
+    Age alone is not sure: a host that slept may go on with what it began, and not all of restic's versions look.
+    """
     return lock.hostname == hostname and not alive(lock.pid)

@@ -87,8 +87,8 @@ class Repository:
             yield ours
 
     async def remove_stale_locks(self) -> int:
-        """Remove locks whose holders are gone, as `restic unlock` does; return how many."""
-        return await _finish(lock.remove_stale, self._backend, self._key)
+        """Remove locks of this host's dead processes; return how many. Other old ones are for `restic unlock`."""
+        return await _finish(lock.remove_abandoned, self._backend, self._key)
 
     async def load_index(self) -> None:
         """Learn from all index files where blobs are, instead of what was known. Raises Damaged, BackendError."""

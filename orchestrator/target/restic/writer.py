@@ -5,23 +5,25 @@
     snapshot = await writer.commit(ResticSnapshot(…))  packs → index → snapshot: listed, and durable
 
 Until `commit` nothing is listed; what was written before is found again by the next run once it is in an index
-file, and `restic prune` removes the rest. After an error nothing more can be written: it is raised again by
-every call. Each thread that adds fills a pack of its own: memory is `pack_bytes` a thread, and back-pressure is
-the caller's.
+file, and `restic prune` removes the rest. What could not be saved is kept, and saved first by the next call: so
+whoever waits until a full target has space again repeats what failed, and goes on. Each thread that adds fills a
+pack of its own: memory is two packs a thread at most, and back-pressure is the caller's.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
 from orchestrator import aio
+from orchestrator.errors import TargetError
 from orchestrator.target.restic import index_file, pack, snapshot, tree
-from orchestrator.target.restic.backend.base import Backend, File, Kind
+from orchestrator.target.restic.backend.base import Backend, Content, File, Kind
 from orchestrator.target.restic.blob_index import BlobIndex
 from orchestrator.target.restic.crypto import Key
 from orchestrator.target.restic.lock import Lock
@@ -47,6 +49,15 @@ class Written:
     added_packed_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Unsaved:
+    """A file on its way; `pack` if it is one."""
+
+    file: File
+    content: Content
+    pack: Pack | None = None
+
+
 class Writer:
     """See the module. `key` and `index` are the repository's, which must be loaded after locking."""
 
@@ -65,17 +76,18 @@ class Writer:
         self._pack_bytes = pack_bytes
         self._turn = threading.Lock()
         self._busy = 0
-        self._failure: Exception | None = None
+        self._broken: BaseException | None = None
         self._pending: dict[tuple[BlobKind, bytes], int] = {}  # being written: their lengths
         self._open: list[PackBuilder] = []  # those that no thread is filling right now
-        self._unlisted: list[Pack] = []
+        self._unsaved: list[_Unsaved] = []
+        self._unlisted: list[Pack] = []  # saved, and in no index file yet
         self._zeros: dict[int, bytes] = {}
         self.written = Written()
 
     def add_chunk(self, chunk: bytes | memoryview) -> tuple[bytes, bool]:
         """Have a chunk in the repository; return its id, and whether it was new. Blocks; from any thread.
 
-        Raises LockLost, BackendError, or what another call raised before.
+        Raises LockLost and BackendError, also for what an earlier call could not save. It may be repeated.
         """
         return self._add(BlobKind.DATA, chunk)
 
@@ -107,17 +119,15 @@ class Writer:
     def flush(self) -> None:
         """Make all that was added durable, and findable by the next run. Blocks; no chunk may be on its way."""
         with self._turn:
-            self._raise_failure()
             if self._busy:
                 raise RuntimeError("flushed while chunks are being added")
             builders, self._open = self._open, []
-        try:
+        with self._working():
             for builder in builders:
-                self._save_pack(builder)
-            self._save_index(at_least=1)
-        except Exception as error:
-            self._failure = error
-            raise
+                self._close(builder)
+            self._save()
+            self._list(at_least=1)
+            self._save()
 
     def _commit(self, made: ResticSnapshot) -> ResticSnapshot:
         self.flush()
@@ -154,30 +164,38 @@ class Writer:
         raise ValueError(f"no such chunk: {identity.hex()}")
 
     def _add(self, kind: BlobKind, plain: bytes | memoryview) -> tuple[bytes, bool]:
-        identity = hashlib.sha256(plain).digest()
-        with self._turn:
-            self._raise_failure()
+        with self._working():
             self._lock.check()
-            if (kind, identity) in self._pending or self._index.has(kind, identity):
-                return identity, False
-            self._pending[kind, identity] = len(plain)
+            self._save()
+            identity = hashlib.sha256(plain).digest()
+            with self._turn:
+                if (kind, identity) in self._pending or self._index.has(kind, identity):
+                    return identity, False
+                self._pending[kind, identity] = len(plain)
+            self._put(pack.seal_blob(kind, identity, plain, self._key), len(plain))
+            return identity, True
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        """What fails other than saving (no memory) may have lost a chunk that others rely on: all fails then."""
+        with self._turn:
+            if self._broken is not None:
+                raise TargetError("an earlier part of the snapshot could not be made") from self._broken
             self._busy += 1
         try:
-            self._put(pack.seal_blob(kind, identity, plain, self._key), len(plain))
-        except Exception as error:
-            self._failure = self._failure or error
+            yield
+        except TargetError:
+            raise
+        except BaseException as error:
+            self._broken = error
             raise
         finally:
             with self._turn:
                 self._busy -= 1
-        return identity, True
 
     def _put(self, blob: pack.SealedBlob, plain_bytes: int) -> None:
         builder = self._take(blob.kind)
         builder.add(blob)
-        if builder.full:
-            self._save_pack(builder)
-            self._save_index(at_least=_BLOBS_A_FILE)
         with self._turn:
             if not builder.full:
                 self._open.append(builder)
@@ -185,6 +203,11 @@ class Writer:
             self.written.tree_blobs += blob.kind is BlobKind.TREE
             self.written.added_bytes += plain_bytes
             self.written.added_packed_bytes += len(blob.sealed)
+        if builder.full:
+            self._close(builder)
+            self._save()
+            self._list(at_least=_BLOBS_A_FILE)
+            self._save()
 
     def _take(self, kind: BlobKind) -> PackBuilder:
         with self._turn:
@@ -193,26 +216,42 @@ class Writer:
                     return self._open.pop(at)
         return PackBuilder(kind, self._pack_bytes)
 
-    def _save_pack(self, builder: PackBuilder) -> None:
+    def _close(self, builder: PackBuilder) -> None:
         made = builder.finish(self._key)
-        self._lock.check()
-        self._backend.save(File(Kind.DATA, made.identity), made.content)
-        self._index.add(made.identity, made.entries)
         with self._turn:
-            for entry in made.entries:
-                self._pending.pop((entry.kind, entry.identity), None)
-            self._unlisted.append(dataclasses.replace(made, content=b""))
+            self._unsaved.append(_Unsaved(File(Kind.DATA, made.identity), made.content, made))
 
-    def _save_index(self, *, at_least: int) -> None:
+    def _list(self, *, at_least: int) -> None:
+        """Make an index file of the packs that are saved, if they have so many blobs."""
         with self._turn:
             packs = self._unlisted
             if sum(len(made.entries) for made in packs) < at_least:
                 return
             self._unlisted = []
         content = index_file.seal(((made.identity, made.entries) for made in packs), self._key)
-        self._lock.check()
-        self._backend.save(File(Kind.INDEX, hashlib.sha256(content).digest()), content)
+        with self._turn:
+            self._unsaved.append(_Unsaved(File(Kind.INDEX, hashlib.sha256(content).digest()), content))
 
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+    def _save(self) -> None:
+        """Save all that waits for it; what cannot be saved waits on."""
+        while True:
+            with self._turn:
+                if not self._unsaved:
+                    return
+                one = self._unsaved.pop()
+            try:
+                self._lock.check()
+                self._backend.save(one.file, one.content)
+            except BaseException:
+                with self._turn:
+                    self._unsaved.append(one)
+                raise
+            if one.pack is not None:
+                self._note_saved(one.pack)
+
+    def _note_saved(self, made: Pack) -> None:
+        self._index.add(made.identity, made.entries)
+        with self._turn:
+            for entry in made.entries:
+                self._pending.pop((entry.kind, entry.identity), None)
+            self._unlisted.append(dataclasses.replace(made, content=b""))
