@@ -2,10 +2,10 @@ import json
 from pathlib import Path
 
 import pytest
-from test_config import GOOD
 
 from orchestrator.cli import config as command
 from orchestrator.errors import ConfigError
+from tests.unit.test_config import GOOD
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ from tempfile import TemporaryDirectory
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_config import GOOD, load, problems, with_line
 
 from orchestrator import config
 from orchestrator.config.later import LATER
 from orchestrator.config.schema import SECTIONS
 from orchestrator.errors import ConfigError
+from tests.unit.test_config import GOOD, load, problems, with_line
 
 CASES = [
     # wrong kinds of values

@@ -20,7 +20,14 @@ from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
-from test_target import (
+
+from orchestrator import aio
+from orchestrator.errors import TargetError, ToolError
+from orchestrator.model import Compression
+from orchestrator.target.base import Snapshot
+from orchestrator.target.images import chain, merging, qcow2
+from orchestrator.target.images.target import ImagesTarget
+from tests.unit.test_target import (
     CLUSTER,
     DETAILS,
     MIB,
@@ -38,13 +45,6 @@ from test_target import (
     write,
     write_changes,
 )
-
-from orchestrator import aio
-from orchestrator.errors import TargetError, ToolError
-from orchestrator.model import Compression
-from orchestrator.target.base import Snapshot
-from orchestrator.target.images import chain, merging, qcow2
-from orchestrator.target.images.target import ImagesTarget
 
 SIZE = MIB
 CHANGES = [{0: b"\1" * CLUSTER, 2: bytes(CLUSTER)}, {1: b"\2" * CLUSTER}, {15: b"\3" * CLUSTER}]

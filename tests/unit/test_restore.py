@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_target import CLUSTER, MIB, changed_chain, content, disk, filled
 
 from orchestrator.errors import TargetError, ToolError
 from orchestrator.model import Compression
@@ -21,6 +20,7 @@ from orchestrator.run.restore import restore
 from orchestrator.target.base import Snapshot
 from orchestrator.target.images import qcow2
 from orchestrator.target.images.target import ImagesTarget
+from tests.unit.test_target import CLUSTER, MIB, changed_chain, content, disk, filled
 
 SIZE = MIB + 512
 CONTENT = content(SIZE, 0)
