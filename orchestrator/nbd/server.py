@@ -13,7 +13,6 @@ import contextlib
 import errno
 import socket
 from collections.abc import AsyncIterator, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 
 from orchestrator import aio
@@ -68,7 +67,7 @@ class NbdServer:
                         continue
                     self._connections += 1
                     task = clients.create_task(self.converse(connected))
-                    task.add_done_callback(partial(self._left, connected))
+                    task.add_done_callback(self._left)
 
     async def converse(self, connected: socket.socket) -> None:
         """Serve the client at the other end of a connected socket, which is taken over, until it leaves.
@@ -82,9 +81,8 @@ class NbdServer:
             return
         await Connection(stream, self._exports, report=self._report, limits=self._limits).run()
 
-    def _left(self, connected: socket.socket, _task: asyncio.Task[None]) -> None:
+    def _left(self, _task: asyncio.Task[None]) -> None:
         self._connections -= 1
-        connected.close()  # it was not taken over if the task was cancelled before it began
 
     async def _accept(self, listening: socket.socket) -> socket.socket | None:
         """The next client's socket. None if that failed for now: for want of descriptors, or since it has left.
