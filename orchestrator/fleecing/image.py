@@ -15,6 +15,7 @@ from orchestrator import aio
 from orchestrator.errors import ToolError
 from orchestrator.fleecing.boundary import Extent
 from orchestrator.fleecing.names import DiskNames
+from orchestrator.fleecing.quiet import Quiet
 from orchestrator.qemu import commands, tools
 from orchestrator.qemu.monitor import Monitor
 from orchestrator.storage.base import ImageFile, Storage
@@ -66,13 +67,14 @@ async def extend(monitor: Monitor, names: DiskNames, limit_bytes: int) -> None:
     await monitor.execute(commands.reopen(grant))
 
 
-async def held(monitor: Monitor, names: DiskNames, file: ImageFile) -> list[Extent]:
+async def held(monitor: Monitor, names: DiskNames, file: ImageFile, quiet: Quiet) -> list[Extent]:
     """Which parts of its disk an image holds right now, as far as can be told: QEMU goes on writing it.
 
     Raises MonitorError.
     """
-    # What QEMU caches of the image's tables is in its file then.
-    await monitor.execute(commands.flush(names.image))
+    async with quiet.changing_graph():
+        # What QEMU caches of the image's tables is in its file then.
+        await monitor.execute(commands.flush(names.image))
     try:
         return await tools.allocated(file.descriptor)
     except ToolError as error:

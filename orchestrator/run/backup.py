@@ -391,7 +391,7 @@ class _Run:
     async def _held_bytes(self, gear: _Gear, disk: DiskRun) -> Mapping[int, int]:
         """How much old data the disk's windows hold, by number."""
         assert disk.file is not None  # noqa: S101  windows are fleeced
-        held = await image.held(gear.monitor, disk.names, disk.file)
+        held = await image.held(gear.monitor, disk.names, disk.file, gear.quiet)
         return boundary.by_window(held, boundary.WINDOW_BYTES)
 
     async def _finish(self, gear: _Gear, disk: DiskRun, copying: _Copying) -> None:

@@ -86,7 +86,7 @@ class WindowCopy:
         Cancellation leaves a job running; `graph.end_jobs` ends it.
         """
         tries = 0
-        while (window := self._boundary.next(await self._means.held_bytes())) is not None:
+        while (window := await self._next()) is not None:
             await self._means.pace.turn(self._disk)
             self._move(self._boundary.started(window))
             ended = await self._copy(window)
@@ -105,6 +105,10 @@ class WindowCopy:
             self._move(self._boundary.failed())
             await asyncio.sleep(RETRY_SECONDS)
         return Ended(self._of_disk(JobState(self._names.job, "concluded")))
+
+    async def _next(self) -> Window | None:
+        await self._means.monitor.reconnect(deadline_seconds=RECONNECT_SECONDS)
+        return self._boundary.next(await self._means.held_bytes())
 
     async def _copy(self, window: Window) -> Ended:
         names, quiet, monitor = self._names, self._means.quiet, self._means.monitor

@@ -335,6 +335,7 @@ class FakeQemu:
                 self.moments[device.id] = (self.writes, self.content(device.id))
 
     def _blockdev_add(self, arguments: Any) -> Any:
+        self._check_quiet()
         name, driver = arguments["node-name"], arguments["driver"]
         if len(name) > NAME_LENGTH:
             raise CommandFailed("blockdev-add", "Invalid node-name")
@@ -361,6 +362,7 @@ class FakeQemu:
         return {}
 
     def _blockdev_del(self, arguments: Any) -> Any:
+        self._check_quiet()
         node = self._node("blockdev-del", arguments["node-name"])
         if not node.name.startswith(PREFIX):
             raise QemuWouldDie("somebody else's node is deleted")
@@ -378,6 +380,7 @@ class FakeQemu:
         return {}
 
     def _blockdev_reopen(self, arguments: Any) -> Any:
+        self._check_quiet()
         changes = [(self._reopened(options), options) for options in arguments["options"]]
         for node, options in changes:
             if node.driver == "qcow2":
@@ -581,6 +584,13 @@ class FakeQemu:
             speed=arguments["speed"],
         )
 
+    def _check_quiet(self) -> None:
+        """A change of the graph waits for all requests in flight, and the guest for it (`fleecing.quiet`)."""
+        if moving := [
+            job.id for job in self.jobs.values() if job.id.startswith(PREFIX) and job.status == "running"
+        ]:
+            raise QemuWouldDie(f"the graph is changed while {moving} have requests in flight")
+
     def _whole(self, command: str, name: str) -> tuple[Node, int, int]:
         """The node that a job reads or writes, and which part of it, by offset and size."""
         node = self._node(command, name)
@@ -589,6 +599,7 @@ class FakeQemu:
         return node, 0, self._base(node.name).size
 
     def _human_monitor_command(self, arguments: Any) -> Any:
+        self._check_quiet()
         _, name, act = arguments["command-line"].replace('"', "").split(maxsplit=2)
         if name not in self.nodes or act == "flush":
             return ""  # this way in, QEMU tells of no error
