@@ -21,6 +21,8 @@ NONCE_BYTES = 16
 TAG_BYTES = 16
 OVERHEAD_BYTES = NONCE_BYTES + TAG_BYTES
 SALT_BYTES = 64
+_SPARE_BYTES = 15
+"""What update_into wants to have beside what it writes: a block of the cipher, but one byte."""
 _MEMORY_BYTES = 1 << 30
 
 
@@ -41,11 +43,19 @@ class Key:
     def __reduce__(self) -> str:
         raise TypeError("a key is not to be written anywhere")
 
-    def seal(self, plain: bytes | bytearray | memoryview) -> bytes:
+    def seal(self, plain: bytes | bytearray | memoryview) -> bytearray:
         """Return `plain`, encrypted and authenticated; 32 bytes longer."""
         nonce = os.urandom(NONCE_BYTES)
-        ciphertext = Cipher(AES(self.encrypt), CTR(nonce)).encryptor().update(plain)
-        return b"".join((nonce, ciphertext, Poly1305.generate_tag(self._one_time(nonce), ciphertext)))
+        sealed = bytearray(OVERHEAD_BYTES + len(plain) + _SPARE_BYTES)
+        sealed[:NONCE_BYTES] = nonce
+        # In place: joining the parts costs more time than all of the encryption.
+        with memoryview(sealed) as view:
+            end = NONCE_BYTES + Cipher(AES(self.encrypt), CTR(nonce)).encryptor().update_into(
+                plain, view[NONCE_BYTES:]
+            )
+            view[end : end + TAG_BYTES] = Poly1305.generate_tag(self._one_time(nonce), view[NONCE_BYTES:end])
+        del sealed[end + TAG_BYTES :]
+        return sealed
 
     def open(self, sealed: bytes | bytearray | memoryview, *, file: str) -> bytes:
         """Return what was sealed. Raises Damaged that names `file`, also for another key's seal."""

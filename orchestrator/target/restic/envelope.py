@@ -27,7 +27,7 @@ def dump(value: dict[str, Any]) -> bytes:
 def seal(key: Key, value: dict[str, Any], *, compressed: bool = True) -> bytes:
     """Return a document as it is stored."""
     text = dump(value)
-    return key.seal(bytes([_COMPRESSED]) + compression.compress(text) if compressed else text)
+    return bytes(key.seal(bytes([_COMPRESSED]) + compression.compress(text) if compressed else text))
 
 
 def open_sealed(key: Key, stored: bytes, *, file: str) -> Fields:

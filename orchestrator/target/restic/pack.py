@@ -67,7 +67,7 @@ class SealedBlob:
 
     kind: BlobKind
     identity: bytes
-    sealed: bytes
+    sealed: bytes | bytearray
     plain_bytes: int | None
 
 
