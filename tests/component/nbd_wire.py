@@ -53,18 +53,21 @@ class Wire:
     @classmethod
     async def begun(cls, connected: socket.socket, name: str = "disk", *, structured: bool = True) -> Self:
         wire = await cls.over(connected)
-        await wire.reader.readexactly(protocol.GREETING.size)
-        wire.writer.write(options(name, structured=structured))
-        while True:
-            _, option, kind, size = protocol.OPTION_REPLY.unpack(
-                await wire.reader.readexactly(protocol.OPTION_REPLY.size)
-            )
-            data = await wire.reader.readexactly(size)
+        await wire.begin(name, structured=structured)
+        return wire
+
+    async def begin(self, name: str = "disk", *, structured: bool = True) -> None:
+        """Negotiate, with structured replies and base:allocation or without both."""
+        await self.reader.readexactly(protocol.GREETING.size)
+        self.writer.write(options(name, structured=structured))
+        option = kind = 0
+        while (option, kind) != (Option.GO, OptionReply.ACK):
+            header = await self.reader.readexactly(protocol.OPTION_REPLY.size)
+            _, option, kind, size = protocol.OPTION_REPLY.unpack(header)
+            data = await self.reader.readexactly(size)
             assert not kind & protocol.OPTION_ERROR, data
             if kind == OptionReply.INFO and data[:2] == b"\0\0":
-                wire.flags = struct.unpack_from(">H", data, 10)[0]
-            if (option, kind) == (Option.GO, OptionReply.ACK):
-                return wire
+                self.flags = struct.unpack_from(">H", data, 10)[0]
 
     def ask(self, act: int, offset: int = 0, length: int = 0, *, flags: int = 0, data: bytes = b"") -> int:
         """Send a request; its cookie. A write is as long as its data."""

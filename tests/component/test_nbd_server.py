@@ -9,6 +9,7 @@ import stat
 import struct
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,12 @@ from tests.component.nbd_wire import HELLO, Wire, options
 from tests.component.world import open_descriptors
 
 SIZE = 4 * MIB + 512
-IMPATIENT = Limits(requests=4, held_bytes=4 * MIB, handshake_seconds=0.2, stall_seconds=0.2)
+PATIENT = Limits(requests=4, held_bytes=4 * MIB)
+IMPATIENT = replace(PATIENT, handshake_seconds=0.5, stall_seconds=0.2)
+SLOW = replace(PATIENT, stall_seconds=1.0)
+
+impatient = pytest.mark.parametrize("limits", [IMPATIENT], ids=["impatient"])
+slow = pytest.mark.parametrize("limits", [SLOW], ids=["slow"])
 
 
 @pytest.fixture
@@ -35,19 +41,33 @@ def disk() -> MemoryExport:
 
 
 @pytest.fixture
-async def rig(disk: MemoryExport, tmp_path: Path) -> AsyncIterator[Rig]:
+def limits() -> Limits:
+    return PATIENT
+
+
+@pytest.fixture
+async def rig(disk: MemoryExport, tmp_path: Path, limits: Limits) -> AsyncIterator[Rig]:
     exports = {"disk": disk, "old": MemoryExport(SIZE, read_only=True)}
-    async with serving(tmp_path, exports, limits=IMPATIENT) as one:
+    async with serving(tmp_path, exports, limits=limits) as one:
         yield one
         await still_serves(one)
     assert all(export.lent == export.under_way == 0 for export in exports.values())
 
 
 async def still_serves(rig: Rig) -> None:
-    wire = await Wire.begun(rig.connect())
-    answer = await wire.does(Act.READ, SIZE - 4, 4)
-    assert (answer.error, len(answer.content)) == (0, 4)
-    await wire.leave()
+    """Tried twice, since a busy machine may take longer than an impatient server waits."""
+    for last in (False, True):
+        wire = await Wire.over(rig.connect())
+        try:
+            await wire.begin()
+            answer = await wire.does(Act.READ, SIZE - 4, 4)
+            assert (answer.error, len(answer.content)) == (0, 4)
+            break
+        except (asyncio.IncompleteReadError, ConnectionError):
+            if last:
+                raise
+        finally:
+            await wire.leave()
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -169,6 +189,7 @@ async def test_what_is_held_is_bounded(rig: Rig, disk: MemoryExport) -> None:
     await wire.leave()
 
 
+@impatient
 async def test_an_answer_may_take_longer_than_any_deadline(rig: Rig, disk: MemoryExport) -> None:
     disk.open_gate.clear()
     wire = await Wire.begun(rig.connect())
@@ -310,6 +331,7 @@ WRITE = protocol.encode_request(Act.WRITE, 1, 0, 1000)
         ),
     ],
 )
+@impatient
 async def test_who_makes_no_sense_is_cut_off(rig: Rig, sent: bytes, words: str) -> None:
     wire = await Wire.over(rig.connect())
     wire.writer.write(sent)
@@ -319,6 +341,7 @@ async def test_who_makes_no_sense_is_cut_off(rig: Rig, sent: bytes, words: str) 
     await wire.close()
 
 
+@impatient
 async def test_who_does_not_receive_is_cut_off(rig: Rig, disk: MemoryExport) -> None:
     wire = await Wire.begun(rig.connect())
     other = await Wire.begun(rig.connect())
@@ -334,6 +357,7 @@ async def test_who_does_not_receive_is_cut_off(rig: Rig, disk: MemoryExport) -> 
     await other.leave()
 
 
+@slow
 async def test_who_receives_slowly_is_not(rig: Rig) -> None:
     wire = await Wire.begun(rig.connect())
     wire.ask(Act.READ, 0, SIZE)
@@ -342,7 +366,7 @@ async def test_who_receives_slowly_is_not(rig: Rig) -> None:
         part = await wire.reader.read(256 * KIB)
         assert part, said(rig)
         found += part
-        await asyncio.sleep(IMPATIENT.stall_seconds / 4)
+        await asyncio.sleep(SLOW.stall_seconds / 8)
     assert rig.troubles == []
     await wire.leave()
 
@@ -391,13 +415,14 @@ async def test_a_write_to_what_is_read_only_is_refused_and_skipped(rig: Rig) -> 
     await wire.leave()
 
 
+@impatient
 async def test_a_list_of_options_without_end_costs_the_deadline(rig: Rig) -> None:
     rig.exports |= {f"export {number}": MemoryExport(512) for number in range(1000)}
     wire = await Wire.over(rig.connect())
     wire.writer.write(HELLO + protocol.encode_option(Option.LIST) * 3000)
     wire.reader._transport.pause_reading()  # type: ignore[attr-defined]  it does not receive what it asks for
     await until(lambda: rig.troubles)
-    assert "did not negotiate within 0.2 s" in said(rig)
+    assert "did not negotiate within 0.5 s" in said(rig)
     await wire.close()
 
 
