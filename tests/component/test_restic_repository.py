@@ -483,6 +483,28 @@ async def test_snapshots_are_listed_oldest_first_until_forgotten(backend: Backen
     assert (await (await Repository.open(backend, PASSWORD)).snapshots()).snapshots == (late,)
 
 
+async def test_a_repository_that_is_gone_does_not_look_empty(backend: Backend, repository: Repository) -> None:
+    assert (await repository.snapshots()).snapshots == ()
+    backend.remove(CONFIG)  # as if its mount were
+    for look in (repository.snapshots, repository.load_index):
+        with pytest.raises(NoRepository):
+            await look()
+
+
+async def test_a_snapshot_is_found_by_its_id_and_by_its_first_one(repository: Repository) -> None:
+    first = await backup(repository, [chunk(1)], 1)
+    assert first.identity
+    async with repository.lock() as lock:
+        await repository.load_index()
+        tagged = await repository.writer(lock).commit(made_of(first.tree, 1, original=first.identity))
+    listing = await repository.snapshots()
+    assert listing.find(first.identity) == first
+    await repository.forget(first)
+    listing = await repository.snapshots()
+    assert listing.find(first.identity) == tagged
+    assert listing.find(bytes(32)) is None
+
+
 async def test_a_snapshot_that_vanishes_while_they_are_listed_is_not_there() -> None:
     class Vanishing(MemoryBackend):
         def read(self, file: File, *, offset: int = 0, length: int | None = None) -> bytes:

@@ -60,15 +60,20 @@ def create(backend: Backend, password: str, *, cost: Cost | None = None) -> Open
 
 def open_with(backend: Backend, password: str) -> Opened:
     """Open a repository, trying all keys. Raises NoRepository, WrongPassword, Damaged, BackendError."""
+    stored = read_config(backend)
+    files = [listed.file for listed in backend.list(Kind.KEYS)]
+    key_file, key = keys.unlock(password, ((file.path, file.identity, backend.read(file)) for file in files))
+    return Opened(key, config.open_sealed(stored, key), key_file)
+
+
+def read_config(backend: Backend) -> bytes:
+    """Return the file `config`. Raises NoRepository, BackendError."""
     try:
-        stored = backend.read(CONFIG)
+        return backend.read(CONFIG)
     except FileMissing:
         raise NoRepository(
             f"there is no repository at {backend.place}", hint="make it, or check that it is mounted"
         ) from None
-    files = [listed.file for listed in backend.list(Kind.KEYS)]
-    key_file, key = keys.unlock(password, ((file.path, file.identity, backend.read(file)) for file in files))
-    return Opened(key, config.open_sealed(stored, key), key_file)
 
 
 def add_password(backend: Backend, key: Key, password: str, *, cost: Cost | None = None) -> bytes:

@@ -24,6 +24,8 @@ SALT_BYTES = 64
 _SPARE_BYTES = 15
 """What update_into wants to have beside what it writes: a block of the cipher, but one byte."""
 _MEMORY_BYTES = 1 << 30
+_WORK = 1 << 26
+"""About 15 seconds; restic's own keys take half of one."""
 
 
 class Key:
@@ -93,7 +95,7 @@ class Cost:
             return f"scrypt's N is {self.n}, which is no power of two"
         if self.r < 1 or self.p < 1:
             return f"scrypt's r and p are {self.r} and {self.p}"
-        if 128 * self.n * self.r > _MEMORY_BYTES or self.p > 1024:
+        if 128 * self.n * self.r > _MEMORY_BYTES or self.n * self.r * self.p > _WORK:
             return f"scrypt's N, r and p are {self.n}, {self.r} and {self.p}: too expensive"
         return ""
 

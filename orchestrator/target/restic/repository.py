@@ -40,6 +40,13 @@ class Listing:
     snapshots: tuple[ResticSnapshot, ...]
     damaged: tuple[Damaged, ...]
 
+    def find(self, identity: bytes) -> ResticSnapshot | None:
+        """Return the one of an id, or else the newest that restic made of it (`tag`, `rewrite`); None if gone."""
+        for made in reversed(self.snapshots):
+            if made.identity == identity:
+                return made
+        return next((made for made in reversed(self.snapshots) if made.original == identity), None)
+
 
 class Repository:
     """See the module."""
@@ -150,7 +157,7 @@ class Repository:
         return not last_bytes or lengths[content.chunks[-1]] == last_bytes
 
     async def snapshots(self) -> Listing:
-        """Return all snapshots, oldest first. Raises BackendError."""
+        """Return all snapshots, oldest first. Raises NoRepository if it is not there any more, BackendError."""
         return await asyncio.to_thread(self._read_snapshots)
 
     async def forget(self, made: ResticSnapshot) -> None:
@@ -173,17 +180,22 @@ class Repository:
         return None
 
     def _listed(self) -> Iterator[Listed]:
-        for stored in self._backend.list(Kind.INDEX):
-            file = stored.file
+        for file in self._files(Kind.INDEX):
             content = self._backend.read(file)
             envelope.check_name(content, identity=file.identity, file=file.path)
             yield from index_file.open_sealed(content, self._key, file=file.path)
 
+    def _files(self, kind: Kind) -> list[File]:
+        """Where nothing is listed, the repository itself may be gone: a mount, say. That is not to look empty."""
+        files = [stored.file for stored in self._backend.list(kind)]
+        if not files:
+            access.read_config(self._backend)
+        return files
+
     def _read_snapshots(self) -> Listing:
         found: dict[bytes, ResticSnapshot] = {}
         damaged: list[Damaged] = []
-        for stored in self._backend.list(Kind.SNAPSHOTS):
-            file = stored.file
+        for file in self._files(Kind.SNAPSHOTS):
             known = self._snapshots.get(file.identity)  # a file never changes
             try:
                 found[file.identity] = known or self._read_snapshot(file)
