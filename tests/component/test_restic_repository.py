@@ -237,6 +237,27 @@ async def test_packs_close_at_their_size_and_many_threads_write(backend: Backend
     )
 
 
+class FilledAtOnce(list[pack.PackBuilder]):
+    """As if another thread took and filled each pack as soon as it is given back."""
+
+    def append(self, builder: pack.PackBuilder) -> None:
+        super().append(builder)
+        builder._target_bytes = 0
+
+
+async def test_no_pack_is_closed_by_two_threads() -> None:
+    repository = await Repository.create(MemoryBackend(), PASSWORD, cost=CHEAP)
+    async with repository.lock() as lock:
+        writer = repository.writer(lock)
+        writer._open = FilledAtOnce()
+        writer.add_chunk(chunk(1))
+        assert len(writer._open) == 1
+        assert (writer._unsaved, writer._unlisted) == ([], [])
+        writer.flush()
+    await repository.load_index()
+    assert len(repository._index) == 1
+
+
 async def test_a_tree_that_looks_like_a_chunk_is_still_a_tree(repository: Repository) -> None:
     """A guest might write to its disk what we are going to write as the tree of another snapshot."""
     made = await backup(repository, [chunk(1)])

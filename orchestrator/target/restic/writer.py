@@ -196,14 +196,15 @@ class Writer:
     def _put(self, blob: pack.SealedBlob, plain_bytes: int) -> None:
         builder = self._take(blob.kind)
         builder.add(blob)
+        full = builder.full  # before it is given back: then another thread may be filling it
         with self._turn:
-            if not builder.full:
+            if not full:
                 self._open.append(builder)
             self.written.data_blobs += blob.kind is BlobKind.DATA
             self.written.tree_blobs += blob.kind is BlobKind.TREE
             self.written.added_bytes += plain_bytes
             self.written.added_packed_bytes += len(blob.sealed)
-        if builder.full:
+        if full:
             self._close(builder)
             self._save()
             self._list(at_least=_BLOBS_A_FILE)
