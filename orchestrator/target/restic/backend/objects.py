@@ -2,6 +2,7 @@
 
 An object is there as a whole once it is put, and nothing is left of one that was not. What a store answers too
 late or refuses for now is tried again by the library, as it was configured, before it becomes an error here.
+The library's stores in memory and in a folder are for tests: what they save does not survive power loss.
 """
 
 import contextlib
