@@ -9,6 +9,7 @@ STAMP := $(VENV)/.installed
 
 tools: host-tools
 	sh tests/guest/qemus.sh
+	sh tests/peer/restics.sh
 
 host-tools:
 	PYTHON=$(PYTHON) sh tests/guest/install.sh
@@ -23,9 +24,10 @@ $(STAMP): pyproject.toml | host-tools
 demo: host-tools $(STAMP)
 	$(BIN)/python -m benchmarks.demo
 
-# Style, types, layers; then the tests, on real QEMU with real guests.
+# Style, types, layers; then the tests, side by side, but those on real QEMU with real guests one after the other.
 test: tools lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal tests/unit tests/component tests/peer
+	$(BIN)/python -m pytest tests/qemu
 
 # 240 backups under load, on all QEMUs, since what kills a guest may do so once in tens (80 minutes on two cores).
 soak: tools $(STAMP)
