@@ -43,6 +43,8 @@ bench: host-tools $(STAMP)
 	$(BIN)/python -m benchmarks.guest_impact
 	$(BIN)/python -m benchmarks.admission
 	$(BIN)/python -m benchmarks.windows
+	$(BIN)/python -m benchmarks.incremental
+	$(BIN)/python -m benchmarks.nbd
 
 clean:
 	rm -rf $(VENV) .cache
