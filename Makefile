@@ -29,7 +29,7 @@ test: tools lint
 	$(BIN)/python -m pytest -n auto --dist worksteal tests/unit tests/component tests/peer
 	$(BIN)/python -m pytest tests/qemu
 
-# 240 backups under load, on all QEMUs, since what kills a guest may do so once in tens (80 minutes on two cores).
+# 240 backups under load, on all QEMUs, since what kills a guest may do so once in tens (half an hour on two cores).
 soak: tools $(STAMP)
 	$(BIN)/python -m tests.soak.versions
 
