@@ -26,14 +26,14 @@ against `qemu-img measure`.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from orchestrator.qemu.commands import CLUSTER_BYTES
 from orchestrator.units import MIB, Share
 
-CLUSTER = 64 * 1024
-L2_ENTRIES = CLUSTER // 8
-REFCOUNTS_PER_BLOCK = CLUSTER // 2
+L2_ENTRIES = CLUSTER_BYTES // 8
+REFCOUNTS_PER_BLOCK = CLUSTER_BYTES // 2
 
 OVERHEAD = 256
-"""One byte in so many of a grant is left to the file system's metadata, such as extent trees. Divides CLUSTER."""
+"""One byte in so many of a grant is for the file system's metadata, such as extent trees. Divides clusters."""
 FIRST_LEAST = 256 * MIB
 USEFUL_LEAST = MIB
 """Below this an image holds so few clusters that it breaks before it can be extended."""
@@ -84,7 +84,7 @@ EMPTY = Fill(0.0)
 
 def worst_length(disk_bytes: int) -> int:
     """The longest that a qcow2 image of a disk can become: every cluster written, with all its metadata."""
-    return _image_bytes(disk_bytes, data_clusters=_ceil(disk_bytes, CLUSTER))
+    return _image_bytes(disk_bytes, data_clusters=_ceil(disk_bytes, CLUSTER_BYTES))
 
 
 def worst_case(disk_bytes: int) -> int:
@@ -105,12 +105,12 @@ def limit(grant_bytes: int) -> int:
 
 def grant_for(length_bytes: int) -> int:
     """The smallest grant whose limit is a length, or just above it."""
-    return _ceil(_ceil(length_bytes, CLUSTER) * OVERHEAD, OVERHEAD - 1) * CLUSTER
+    return _ceil(_ceil(length_bytes, CLUSTER_BYTES) * OVERHEAD, OVERHEAD - 1) * CLUSTER_BYTES
 
 
 def whole(size_bytes: int) -> int:
     """The whole clusters in a size: a limit is a node's size, and QEMU takes none that splits a sector."""
-    return size_bytes // CLUSTER * CLUSTER
+    return size_bytes // CLUSTER_BYTES * CLUSTER_BYTES
 
 
 def first_grants(disks: Mapping[str, Need], quota_bytes: int) -> dict[str, int] | None:
@@ -179,10 +179,10 @@ def _first_grant(need: Need) -> int:
 
 def _image_bytes(disk_bytes: int, *, data_clusters: int) -> int:
     header = 1
-    l2_tables = _ceil(_ceil(disk_bytes, CLUSTER), L2_ENTRIES)
-    l1_clusters = max(1, _ceil(l2_tables * 8, CLUSTER))
+    l2_tables = _ceil(_ceil(disk_bytes, CLUSTER_BYTES), L2_ENTRIES)
+    l1_clusters = max(1, _ceil(l2_tables * 8, CLUSTER_BYTES))
     fixed = header + l1_clusters + (l2_tables if data_clusters else 0) + data_clusters
-    return (fixed + _refcount_clusters(fixed)) * CLUSTER
+    return (fixed + _refcount_clusters(fixed)) * CLUSTER_BYTES
 
 
 def _refcount_clusters(counted: int) -> int:
@@ -190,7 +190,7 @@ def _refcount_clusters(counted: int) -> int:
     refcounts = 0
     while True:
         blocks = _ceil(counted + refcounts, REFCOUNTS_PER_BLOCK)
-        table = _ceil(blocks * 8, CLUSTER)
+        table = _ceil(blocks * 8, CLUSTER_BYTES)
         if blocks + table == refcounts:
             return refcounts
         refcounts = blocks + table

@@ -4,6 +4,14 @@ import os
 from pathlib import Path
 
 
+def write(path: Path, content: bytes) -> None:
+    """Make a file of that content, or give one it instead of its own, durably. Blocks; raises OSError."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def sync(path: Path) -> None:
     """Make a file's content, or a folder's entries, durable. Blocks; raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

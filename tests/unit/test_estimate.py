@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.admission import estimate
-from orchestrator.admission.estimate import CLUSTER, Fill, Need
+from orchestrator.admission.estimate import Fill, Need
+from orchestrator.qemu.commands import CLUSTER_BYTES as CLUSTER
 from orchestrator.units import GIB, KIB, MIB, Share
 
 TIB = 1024 * GIB

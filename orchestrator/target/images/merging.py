@@ -141,10 +141,7 @@ def _publish(held: chain.Held, disks: Sequence[SnapshotDisk], made: list[Path]) 
         kept = (merged.get(disk.disk, disk) for disk in held.snapshot.disks)
         content = manifest.rewritten(path, replace(held.snapshot, kind="full", disks=tuple(kept)))
         try:
-            with (folder / _NEW).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            durable.write(folder / _NEW, content)
             (folder / _NEW).rename(path)
         except BaseException:
             (folder / _NEW).unlink(missing_ok=True)

@@ -265,10 +265,7 @@ class ImagesDraft(Draft):
     def _publish(self, content: bytes) -> None:
         with explained(self._target, self._partial):
             if not self._renamed:
-                with (self._partial / manifest.NAME).open("wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
+                durable.write(self._partial / manifest.NAME, content)
                 os.fsync(self._lock)
                 self._partial.rename(self._final)
                 self._renamed = True
