@@ -20,7 +20,8 @@ begun is finished first.
 
 import abc
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -43,11 +44,12 @@ class SnapshotDisk:
     `sha256` of one that stands alone is that of its whole content, as `sha256sum` prints it for the raw disk. Of
     one with a parent it is that of its image as the target stores it, which is never changed while it has one: so
     sealing takes as long as what was written is large, and who reads a disk checks each image that it builds on.
+    None: the target knows the content by the hashes of its parts, and checks those.
     """
 
     disk: str
     size_bytes: int
-    sha256: str
+    sha256: str | None
     stored_bytes: int
     parent: str | None = None
 
@@ -88,8 +90,8 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
-class Sink:
-    """What QEMU writes one disk's content into.
+class FileSink:
+    """A qcow2 file that QEMU writes one disk's content into.
 
     `descriptor` is an open file that stays open until the disk is sealed or the draft aborted; `compress` asks
     the block job to write compressed clusters.
@@ -97,6 +99,48 @@ class Sink:
 
     descriptor: int
     compress: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NbdSink:
+    """An NBD server that QEMU writes one disk's content to, as the export of that name.
+
+    `descriptor` is a connected socket, for QEMU alone: whoever gave it to QEMU calls `close`. It cannot be read.
+    """
+
+    descriptor: int
+    export: str
+
+
+Sink = FileSink | NbdSink
+"""What QEMU writes one disk's content into."""
+
+
+class ParentUnusable(TargetError):
+    """A disk cannot be built on what its parent has of it, so all of it has to be copied."""
+
+    code = "parent-unusable"
+
+
+class Content(abc.ABC):
+    """What a disk must hold. Feed it with what the disk holds, from its beginning to its end, then ask."""
+
+    @abc.abstractmethod
+    def update(self, data: bytes | memoryview) -> None:
+        """Take what follows, in pieces of any length. Blocks as long as hashing it takes."""
+
+    @abc.abstractmethod
+    def problem(self) -> str:
+        """What is wrong with what it was fed, for people; "" if nothing is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What came of reading a snapshot back: how much of how much, and what is damaged, for people."""
+
+    checked_bytes: int
+    total_bytes: int
+    problems: tuple[str, ...]
 
 
 class Draft(abc.ABC):
@@ -109,7 +153,18 @@ class Draft(abc.ABC):
         """A place for the disk's content; `compressible` False: QEMU writes parts of it twice (no compression).
 
         With a `parent`, a listed snapshot that has the disk, only what changed since it will be written; it cannot
-        be removed from now on. TargetError's code is "no-snapshot" if it is not there any more.
+        be removed from now on. ParentUnusable if it is not there any more, or cannot be built on.
+        """
+
+    @abc.abstractmethod
+    async def why_unwritten(self, disk: Disk) -> TargetError | None:
+        """Why QEMU could not write to a disk's sink, where the target knows better than QEMU; else None."""
+
+    @abc.abstractmethod
+    async def cut_off(self) -> None:
+        """Unless it was committed, have QEMU's requests to the sinks end now, with an error if need be.
+
+        For a run that failed: QEMU lets go of a sink only once all its requests have been answered.
         """
 
     @abc.abstractmethod
@@ -129,10 +184,16 @@ class Draft(abc.ABC):
 
 
 class Target(abc.ABC):
-    """See the module for what it promises."""
+    """See the module for what it promises.
+
+    `granule_bytes`: what it stores at once, so that it is of no use to know more exactly what changed.
+    `reads_sinks`: whether QEMU can read what it wrote to a sink, as it must where it does not fleece.
+    """
 
     name: str
     max_runs: int | None
+    granule_bytes: int
+    reads_sinks: bool
 
     @abc.abstractmethod
     async def prepare(self) -> None:
@@ -147,12 +208,29 @@ class Target(abc.ABC):
         """What is listed, by VM and then oldest first."""
 
     @abc.abstractmethod
-    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> str:
-        """Write a disk's content into the file or block device at `to`, as `raw` or `qcow2`; return its SHA-256.
+    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> Content:
+        """Write a disk's content into the file or block device at `to`, as `raw` or `qcow2`.
 
-        That is what the content must be: hold what was written against it. All that the disk builds on is checked,
+        Returns what the content must be: hold what was written against it. All that the disk builds on is checked,
         and not changed or removed meanwhile. TargetError's code is "content-wrong" if some of that is damaged or
         gone, and it names the snapshot; "no-snapshot" if the snapshot itself is gone.
+        """
+
+    @abc.abstractmethod
+    def exported(
+        self, snapshot: Snapshot, disks: Sequence[str], folder: Path
+    ) -> AbstractAsyncContextManager[Mapping[str, str]]:
+        """Serve disks to be read by NBD for the block, on unix sockets in `folder`. Gives their URIs, by disk.
+
+        What they are read from is not changed or removed meanwhile. TargetError as `extract`, but what is damaged
+        is an I/O error for the reader where it is not found before.
+        """
+
+    @abc.abstractmethod
+    async def verify(self, snapshot: Snapshot, *, share: float) -> Verification:
+        """Read back a snapshot, or about a `share` of it (0 to 1) chosen at random, and check all hashes.
+
+        What is damaged is in the result. TargetError's code is "no-snapshot" if the snapshot is gone.
         """
 
     @abc.abstractmethod

@@ -24,7 +24,7 @@ from orchestrator.errors import TargetError, ToolError
 from orchestrator.model import Compression, Disk
 from orchestrator.qemu import tools
 from orchestrator.target import durable
-from orchestrator.target.base import Draft, Sink, Snapshot, SnapshotDisk, Target
+from orchestrator.target.base import Draft, FileSink, Snapshot, SnapshotDisk, Target
 from orchestrator.target.images import chain, locks, manifest, merging, removal
 from orchestrator.target.images.errors import explained, gone, unwritten
 
@@ -195,7 +195,7 @@ class ImagesDraft(Draft):
         self._renamed = False
         self._committed: Snapshot | None = None
 
-    async def add_disk(self, disk: Disk, *, compressible: bool, parent: str | None = None) -> Sink:
+    async def add_disk(self, disk: Disk, *, compressible: bool, parent: str | None = None) -> FileSink:
         if not DISK_NAME.fullmatch(disk.id):
             raise TargetError(
                 f"disk {disk.id!r} cannot be a file's name",
@@ -217,7 +217,7 @@ class ImagesDraft(Draft):
             await tools.create_qcow2(self._images[disk.id], disk.size_bytes, options=options, backing=backing)
         except ToolError as error:
             raise unwritten(error, self._images[disk.id], target=self._target) from error
-        return Sink(self._images[disk.id], compress)
+        return FileSink(self._images[disk.id], compress)
 
     def _hold(self, parent: str) -> None:
         if parent not in self._held:
@@ -227,6 +227,12 @@ class ImagesDraft(Draft):
             if descriptor is None:
                 raise gone(parent)
             self._held[parent] = descriptor
+
+    async def why_unwritten(self, disk: Disk) -> TargetError | None:  # noqa: ARG002  QEMU itself knows best
+        return None
+
+    async def cut_off(self) -> None:
+        """Nothing: a file answers by itself."""
 
     async def seal(self, disk: Disk) -> SnapshotDisk:
         descriptor = self._images.pop(disk.id)
