@@ -64,12 +64,13 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Vm:
-    """A guest as configured."""
+    """A guest as configured. `extra_files` are stored with each snapshot."""
 
     name: str
     qmp: Path
     priority: int = 50
     exclude_disks: tuple[str, ...] = ()
+    extra_files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
