@@ -111,6 +111,12 @@ class Repository:
         """Whether a chunk is there."""
         return self._index.has(BlobKind.DATA, identity)
 
+    def chunk_bytes(self, identity: bytes) -> int | None:
+        """How long a chunk is, as the index says; None if it is not there."""
+        for location in self._index.find(BlobKind.DATA, identity):
+            return location.entry.content_bytes
+        return None
+
     def read_blob(self, identity: bytes, kind: BlobKind = BlobKind.DATA) -> bytes:
         """Return a blob whose hash is its id. Blocks. Raises Damaged if no pack has it any more, BackendError.
 
@@ -151,7 +157,7 @@ class Repository:
         whole, last_bytes = divmod(content.size_bytes, chunk_bytes)
         if len(content.chunks) != whole + (last_bytes > 0):
             return False
-        lengths = {identity: self._length(identity) for identity in set(content.chunks)}
+        lengths = {identity: self.chunk_bytes(identity) for identity in set(content.chunks)}
         if any(lengths[identity] != chunk_bytes for identity in content.chunks[:whole]):
             return False
         return not last_bytes or lengths[content.chunks[-1]] == last_bytes
@@ -173,11 +179,6 @@ class Repository:
         except FileMissing:
             raise Damaged(file.path, "it is missing") from None
         return pack.open_blob(sealed, entry, self._key, file=file.path)
-
-    def _length(self, identity: bytes) -> int | None:
-        for location in self._index.find(BlobKind.DATA, identity):
-            return location.entry.content_bytes
-        return None
 
     def _listed(self) -> Iterator[Listed]:
         for file in self._files(Kind.INDEX):
