@@ -100,8 +100,9 @@ async def _past(config: Config, monitor: qmp.QmpMonitor, vm: Vm) -> Past:
     """What a backup to the first target would build on."""
     for name, target in engine.targets(config).items():
         snapshots = await target.snapshots(vm.name)
-        return Past(snapshots, await rotation.look(monitor, name, [snapshot.id for snapshot in snapshots]))
-    return Past((), {})
+        settlements = await rotation.look(monitor, name, [snapshot.id for snapshot in snapshots])
+        return Past(snapshots, settlements, target.granule_bytes, target.reads_sinks)
+    return Past((), {}, granule_bytes=commands.CLUSTER_BYTES, reads_sinks=True)
 
 
 def configured(config: Config, name: str) -> Vm:

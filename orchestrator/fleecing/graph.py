@@ -25,14 +25,15 @@ from typing import Any
 
 import structlog
 
-from orchestrator.errors import CommandFailed, MonitorError, TargetError
-from orchestrator.fleecing import image
+from orchestrator.errors import CommandFailed, MonitorError
+from orchestrator.fleecing import sink
 from orchestrator.fleecing.names import CBW, DISMANTLING, FLEECING, GATE, DiskNames, role_of
 from orchestrator.fleecing.pauser import Pauser
 from orchestrator.model import Disk
 from orchestrator.qemu import commands, inventory, jobs
 from orchestrator.qemu.commands import Command
 from orchestrator.qemu.monitor import Monitor, raise_first
+from orchestrator.target.base import Sink
 
 log = structlog.get_logger(__name__)
 
@@ -47,20 +48,15 @@ class Filter:
     """One disk's filter: what it is called, the node that takes the old data, and the disk's bitmaps.
 
     `new_bitmap` records from this moment on; `old_bitmap`, if only what is dirty in it is copied, until it.
+    `granule_bytes` is how exactly they say what changed.
     """
 
     disk: Disk
     names: DiskNames
     old_data: str
     new_bitmap: str
+    granule_bytes: int
     old_bitmap: str | None = None
-
-
-async def attach_target(monitor: Monitor, names: DiskNames, descriptor: int, *, incremental: bool) -> None:
-    """Give QEMU the qcow2 file that a disk's content goes to. Undone by `dismantle`."""
-    await image.attach_file(monitor, names.target_file, descriptor)
-    target = commands.target_node(names.target, file=names.target_file, incremental=incremental)
-    await monitor.execute(commands.blockdev_add(target))
 
 
 async def take_snapshot(monitor: Monitor, filters: Sequence[Filter], *, cbw_timeout_seconds: int) -> float:
@@ -112,7 +108,10 @@ def insertion(filters: Sequence[Filter], *, cbw_timeout_seconds: int) -> list[Co
 
 def _begun_bitmaps(filters: Sequence[Filter]) -> list[dict[str, Any]]:
     return [
-        commands.add_bitmap(one.disk.node, one.new_bitmap, persistent=one.disk.keeps_bitmaps) for one in filters
+        commands.add_bitmap(
+            one.disk.node, one.new_bitmap, granule_bytes=one.granule_bytes, persistent=one.disk.keeps_bitmaps
+        )
+        for one in filters
     ]
 
 
@@ -148,28 +147,21 @@ def _views(filters: Sequence[Filter]) -> list[Command]:
     for one in filters:
         if one.old_bitmap is not None:
             node, changed = one.names.snapshot, {"node": one.disk.node, "name": one.old_bitmap}
-            added = commands.add_bitmap(node, CHANGED, disabled=True)
+            added = commands.add_bitmap(node, CHANGED, granule_bytes=one.granule_bytes, disabled=True)
             views.append(commands.transaction([added, commands.merge_bitmaps(node, CHANGED, [changed])]))
     return views
 
 
-async def release(monitor: Monitor, names: DiskNames, pauser: Pauser | None, *, incremental: bool) -> None:
+async def release(
+    monitor: Monitor, names: DiskNames, into: Sink, pauser: Pauser | None, *, incremental: bool
+) -> None:
     """Take out a disk that was copied, and make sure that QEMU has written all of its copy.
 
     Raises TargetError if QEMU could not write all of it: deleting a node alone would hide that.
     """
     await end_jobs(monitor, names.prefix)
     await _take_out(monitor, names.prefix, pauser, roles=FLEECING)
-    try:
-        # Reopening writes out the format driver's caches and reports errors (block.c, bdrv_reopen_prepare).
-        target = commands.target_node(names.target, file=names.target_file, incremental=incremental)
-        await monitor.execute(commands.reopen(target))
-    except CommandFailed as error:
-        raise TargetError(
-            f"the backup could not be written out: {error.description}",
-            hint="is the target's file system full or failing?",
-            code="target-write-failed",
-        ) from error
+    await sink.write_out(monitor, names, into, incremental=incremental)
     await _take_out(monitor, names.prefix, pauser, roles=DISMANTLING)
 
 

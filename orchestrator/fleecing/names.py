@@ -77,6 +77,11 @@ class DiskNames:
         return self.prefix + "listen"
 
     @property
+    def connection(self) -> str:
+        """The connection to the target's NBD server, lent to QEMU."""
+        return self.prefix + "conn"
+
+    @property
     def job(self) -> str:
         return self.prefix + "copy"
 

@@ -24,6 +24,16 @@ IN_FLIGHT_BY_CLUSTER = {"max-workers": 8, "max-chunk": CLUSTER_BYTES}
 If the first one of several was copied before a write and the next one was not, it reads all of them from the disk,
 where the first one is new by now (util/hbitmap.c, hbitmap_status): a wrong backup that nobody is told of.
 """
+CHUNK_BYTES = 4 << 20
+"""What an NBD sink keeps at once (`target.restic.writer`)."""
+
+
+def chunks_in_flight(*, whole: bool) -> dict[str, int]:
+    """A job's requests to an NBD sink; `whole`: no chunk is ever written in parts (QEMU 9.2 or later).
+
+    Four at a time are nearly as fast as sixteen, and land sooner.
+    """
+    return {"max-workers": 4, "max-chunk": CHUNK_BYTES, **({"min-cluster-size": CHUNK_BYTES} if whole else {})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +98,11 @@ def target_node(name: str, *, file: str, incremental: bool) -> dict[str, Any]:
     return options | {"backing": None} if incremental else options
 
 
+def nbd_node(name: str, *, fd: str, export: str) -> dict[str, Any]:
+    """An export of the NBD server at the other end of a connected socket that was lent by the name `fd`."""
+    return {"driver": "nbd", "node-name": name, "server": {"type": "fd", "str": fd}, "export": export}
+
+
 def gate_node(name: str, *, file: str) -> dict[str, Any]:
     """A node that passes everything on, and whose `file` can be exchanged under a running guest."""
     return {"driver": "raw", "node-name": name, "file": file}
@@ -148,12 +163,12 @@ def backup_job(
     speed_bytes_per_second: int,
     discard_source: bool,
     compress: bool,
-    by_cluster: bool = False,
+    requests: Mapping[str, int] = IN_FLIGHT,
     bitmap: str | None = None,
 ) -> dict[str, Any]:
     """A block job that copies a point in time: all of it, or what is dirty in a `bitmap` of `device`.
 
-    It stays in query-jobs until it is dismissed. `by_cluster`: as QEMU before 8.0 needs it.
+    It stays in query-jobs until it is dismissed. `requests`: how large and how many at a time (`x-perf`).
 
     A full target stops it (event BLOCK_JOB_ERROR, action `stop`); any other error ends it.
     """
@@ -165,7 +180,7 @@ def backup_job(
         "auto-dismiss": False,
         "on-target-error": "enospc",
         "speed": speed_bytes_per_second,
-        "x-perf": IN_FLIGHT_BY_CLUSTER if by_cluster else IN_FLIGHT,
+        "x-perf": dict(requests),
     }
     if bitmap is not None:
         arguments |= {"sync": "bitmap", "bitmap": bitmap, "bitmap-mode": "never"}
@@ -176,18 +191,14 @@ def backup_job(
     return arguments
 
 
-GRANULARITY_BYTES = CLUSTER_BYTES
-"""Of our bitmaps: an incremental image is written by whole clusters."""
-
-
 def transaction(actions: Sequence[Mapping[str, Any]]) -> Command:
     """All of it or nothing, with the I/O of the nodes held meanwhile."""
     return Command("transaction", {"actions": [dict(action) for action in actions]})
 
 
-def add_bitmap(node: str, name: str, **options: Any) -> dict[str, Any]:
+def add_bitmap(node: str, name: str, *, granule_bytes: int, **options: Any) -> dict[str, Any]:
     """A step of a transaction: a bitmap that records from now on, or is `disabled`; kept if `persistent`."""
-    data = {"node": node, "name": name, "granularity": GRANULARITY_BYTES, **options}
+    data = {"node": node, "name": name, "granularity": granule_bytes, **options}
     return {"type": "block-dirty-bitmap-add", "data": data}
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import structlog
 
@@ -28,9 +28,8 @@ from orchestrator.admission.controller import Controller
 from orchestrator.admission.lease import Lease, Waiting
 from orchestrator.admission.ledger.base import Grant
 from orchestrator.errors import NobodyThere, StorageError, VmfleeceError
-from orchestrator.fleecing import bitmaps, boundary, coverage, graph, image, rotation
+from orchestrator.fleecing import bitmaps, coverage, graph, image, rotation, sink
 from orchestrator.fleecing.bitmaps import Settlement
-from orchestrator.fleecing.boundary import Boundary
 from orchestrator.fleecing.grant import GrantKeeper
 from orchestrator.fleecing.names import DiskNames, run_prefix
 from orchestrator.fleecing.pauser import Pauser
@@ -46,11 +45,12 @@ from orchestrator.model import (
 )
 from orchestrator.qemu import capabilities, commands, jobs, qmp, tools
 from orchestrator.qemu.monitor import Monitor
-from orchestrator.run import copy, survey, windows
+from orchestrator.run import copy, survey
+from orchestrator.run.copying import Copies, Copying, by_windows
 from orchestrator.run.outcome import CANCELLED, DiskRun, Facts, log_result
 from orchestrator.run.plan import Past, Plan
 from orchestrator.run.survey import Storages
-from orchestrator.target.base import Draft, Target
+from orchestrator.target.base import Draft, ParentUnusable, Target
 
 log = structlog.get_logger(__name__)
 
@@ -137,13 +137,7 @@ class _Gear:
     draft: Draft
     keeper: GrantKeeper
     quiet: Quiet
-    pace: windows.Pace
-
-
-class _Copying(Protocol):
-    """What copies one disk: one job, or one a window."""
-
-    async def run(self) -> copy.Ended: ...
+    copies: Copies
 
 
 class _Run:
@@ -166,6 +160,7 @@ class _Run:
         self._undo = aio.UndoStack()
         self._pauser: Pauser | None = None
         self._lost: dict[str, str] = {}
+        self._copied_whole: dict[str, str] = {}
         self._gone = False
         self._phase = Phase.QUEUED
 
@@ -195,6 +190,8 @@ class _Run:
                     try:
                         await self._back_up(monitor, lease, planned, started)
                         done = True
+                    except ParentUnusable:
+                        log.info("run.replanned")
                     finally:
                         await self._clean_up(lease)
 
@@ -221,12 +218,19 @@ class _Run:
         for disk, one in settlements.items():
             if one.base is None:  # why is known only from before it was put right
                 settlements[disk] = replace(one, reason=self._lost.get(disk, one.reason))
+            if reason := self._copied_whole.get(disk):
+                settlements[disk] = Settlement(None, reason, ())
         return await survey.survey(
             monitor,
             self._vm,
             self._options,
             self._means.storages,
-            past=Past(snapshots, settlements),
+            past=Past(
+                snapshots,
+                settlements,
+                granule_bytes=self._target.granule_bytes,
+                reads_sinks=self._target.reads_sinks,
+            ),
             can=self._capabilities,
         )
 
@@ -260,13 +264,15 @@ class _Run:
         draft = await self._target.begin(self._vm.name, started)
         self._undo.push("remove the unfinished snapshot", draft.abort)
         self._undo.push(TAKE_OUT, lambda: self._dismantle(monitor))
+        self._undo.push("cut off what QEMU writes to", draft.cut_off)
         self._facts.disks = [
             DiskRun(one, DiskNames(self._run, number)) for number, one in enumerate(planned.disks)
         ]
         quiet = Quiet(monitor)
         growable = self._capabilities.discard_source
         keeper = GrantKeeper(monitor, self._means.controller, lease, quiet, growable=growable)
-        gear = _Gear(monitor, lease, draft, keeper, quiet, windows.Pace())
+        copies = Copies(monitor, quiet, self._options, self._capabilities, self._facts.disks)
+        gear = _Gear(monitor, lease, draft, keeper, quiet, copies)
         for disk in self._facts.disks:
             await self._prepare(gear, disk)
         self._enter(Phase.SNAPSHOTTING)
@@ -274,9 +280,9 @@ class _Run:
         await self._limit_coverage(monitor)
         self._enter(Phase.COPYING)
         with contextlib.ExitStack() as watching:
-            copying = [self._copying(gear, disk, watching) for disk in self._facts.disks]
+            copying = [copies.of(disk, watching, partial(self._copied, disk, lease)) for disk in self._facts.disks]
             async with aio.background(keeper.serve(), keeper.ask_again()):  # old data comes before the jobs run
-                await self._start_whole(gear)
+                await copies.start_whole()
                 finishing = aio.all_or_first_error(
                     self._finish(gear, disk, one) for disk, one in zip(self._facts.disks, copying, strict=True)
                 )
@@ -287,15 +293,17 @@ class _Run:
 
     async def _prepare(self, gear: _Gear, disk: DiskRun) -> None:
         """Everything that can be done while the guest still runs on its own node."""
-        fleeced = disk.plan.storage is not None
-        sink = await gear.draft.add_disk(
-            disk.plan.disk,
-            compressible=fleeced and self._options.discard is not Discard.WINDOW,
-            parent=disk.plan.parent,
-        )
-        disk.compress = sink.compress
-        disk.by_windows = fleeced and not disk.incremental and self._moves_boundary_itself(compress=sink.compress)
-        await graph.attach_target(gear.monitor, disk.names, sink.descriptor, incremental=disk.incremental)
+        try:
+            disk.sink = await gear.draft.add_disk(
+                disk.plan.disk,
+                compressible=disk.plan.storage is not None and self._options.discard is not Discard.WINDOW,
+                parent=disk.plan.parent,
+            )
+        except ParentUnusable as error:
+            self._copied_whole[disk.plan.disk.id] = error.message
+            raise
+        disk.by_windows = by_windows(disk, self._options, self._capabilities)
+        await sink.attach(gear.monitor, disk.names, disk.sink, incremental=disk.incremental)
         if disk.plan.storage is None:
             return
         disk.file = await image.create(
@@ -317,6 +325,7 @@ class _Run:
                 disk.names,
                 disk.names.image if disk.plan.storage else disk.names.target,
                 new_bitmap=bitmaps.name_of(self._target.name, draft.snapshot_id),
+                granule_bytes=self._target.granule_bytes,
                 old_bitmap=disk.plan.bitmap,
             )
             for disk in self._facts.disks
@@ -343,58 +352,7 @@ class _Run:
                 monitor, [disk.names for disk in self._facts.disks if disk.incremental and disk.file is not None]
             )
 
-    def _moves_boundary_itself(self, *, compress: bool) -> bool:
-        """Whether full copies go by windows. QEMU compresses what it writes to an image, but not to a part of it.
-
-        An incremental copy is always one job: what it holds is what changed since the last one, at most.
-        """
-        if self._options.discard is Discard.AUTO:
-            return not self._capabilities.discard_source and not compress
-        return self._options.discard is Discard.WINDOW
-
-    def _copying(self, gear: _Gear, disk: DiskRun, watching: contextlib.ExitStack) -> _Copying:
-        """What will copy a disk; it hears of its jobs from now on."""
-        on_progress = partial(self._copied, disk, gear.lease)
-        if not disk.by_windows:
-            gear.quiet.jobs.add(disk.names.job)
-            return watching.enter_context(copy.Watch(gear.monitor, disk.names.job, on_progress))
-        means = windows.Means(
-            gear.monitor,
-            gear.quiet,
-            gear.pace,
-            job=partial(self._job, disk),
-            held_bytes=partial(self._held_bytes, gear, disk),
-        )
-        start = Boundary(disk.plan.disk.size_bytes, boundary.WINDOW_BYTES)
-        return windows.WindowCopy(disk.plan.disk.id, disk.names, start, means, on_progress)
-
-    async def _start_whole(self, gear: _Gear) -> None:
-        """Start the jobs of the disks that one job copies, all at once."""
-        whole = [disk for disk in self._facts.disks if not disk.by_windows]
-        jobs = [self._job(disk, disk.names.job, disk.names.snapshot, disk.names.target) for disk in whole]
-        if jobs:
-            await gear.monitor.execute(commands.start_backups(jobs))
-
-    def _job(self, disk: DiskRun, job: str, source: str, target: str) -> dict[str, Any]:
-        return commands.backup_job(
-            job,
-            device=source,
-            target=target,
-            speed_bytes_per_second=self._speed(disk),
-            # Without fleecing it would discard what it has just written to the target.
-            discard_source=disk.file is not None and not disk.by_windows and self._capabilities.discard_source,
-            compress=disk.compress,
-            by_cluster=not self._capabilities.discard_source,
-            bitmap=graph.CHANGED if disk.incremental else None,
-        )
-
-    async def _held_bytes(self, gear: _Gear, disk: DiskRun) -> Mapping[int, int]:
-        """How much old data the disk's windows hold, by number."""
-        assert disk.file is not None  # noqa: S101  windows are fleeced
-        held = await image.held(gear.monitor, disk.names, disk.file, gear.quiet)
-        return boundary.by_window(held, boundary.WINDOW_BYTES)
-
-    async def _finish(self, gear: _Gear, disk: DiskRun, copying: _Copying) -> None:
+    async def _finish(self, gear: _Gear, disk: DiskRun, copying: Copying) -> None:
         """Wait for one disk's copy, give back everything that it held, and read the copy back."""
         ended = await copying.run()
         disk.copying = False
@@ -406,17 +364,15 @@ class _Run:
             high_water_bytes = min(high_water_bytes, estimate.limit(disk.grant_bytes))
             disk.fleecing_peak_bytes = max(disk.fleecing_peak_bytes, high_water_bytes)
         if not ended.state.succeeded:
-            raise await self._diagnose(disk, ended, gear.keeper)
+            raise await self._diagnose(gear, disk, ended)
         if disk.file is not None:
             await gear.keeper.let_go(disk.plan.disk.id)
         async with gear.quiet.changing_graph():
-            await graph.release(gear.monitor, disk.names, self._pauser, incremental=disk.incremental)
+            assert disk.sink is not None  # noqa: S101  it was copied to it
+            await graph.release(gear.monitor, disk.names, disk.sink, self._pauser, incremental=disk.incremental)
         await _close(disk)
         await self._means.controller.release(gear.lease, disk.plan.disk.id)
-        # What it used goes to the others; a job that ends at this moment refuses: fine.
-        whole = [one for one in self._facts.disks if one.copying and not one.by_windows]
-        if self._options.bwlimit_bytes_per_second and whole:
-            await gear.monitor.pipeline([commands.set_speed(one.names.job, self._speed(one)) for one in whole])
+        await gear.copies.share_again()
         log.info(
             "disk.copied",
             disk=disk.plan.disk.id,
@@ -434,11 +390,13 @@ class _Run:
             disk.grant_bytes = lease.grants[disk.plan.disk.id].size_bytes
         self._report()
 
-    async def _diagnose(self, disk: DiskRun, ended: copy.Ended, keeper: GrantKeeper) -> VmfleeceError:
+    async def _diagnose(self, gear: _Gear, disk: DiskRun, ended: copy.Ended) -> VmfleeceError:
+        if ended.operation == "write" and (why := await gear.draft.why_unwritten(disk.plan.disk)) is not None:
+            return why
         name = disk.plan.storage
         free_bytes, refused, grant_bytes = sys.maxsize, False, 0
         if name is not None:
-            fleeced = keeper.of(disk.plan.disk.id)
+            fleeced = gear.keeper.of(disk.plan.disk.id)
             refused = fleeced.refused
             # It may have run full just before it was extended.
             grants = [*fleeced.outgrown_bytes, fleeced.grant_bytes]
@@ -459,19 +417,6 @@ class _Run:
                 cbw_timeout_seconds=self._options.cbw_timeout_seconds,
             ),
         )
-
-    def _speed(self, disk: DiskRun) -> int:
-        """What one disk may use of the run's bandwidth; 0: no limit.
-
-        Disks that are copied by windows keep one pace, so the larger one gets more.
-        """
-        limit = self._options.bwlimit_bytes_per_second
-        left = [one for one in self._facts.disks if one.copying]
-        if any(one.by_windows for one in left):
-            share = limit * disk.plan.disk.size_bytes // sum(one.plan.disk.size_bytes for one in left)
-        else:
-            share = limit // len(left)
-        return max(1, share) if limit else 0
 
     async def _dismantle(self, monitor: Monitor) -> None:
         """The undo of everything in QEMU. A QEMU that is gone has nothing of ours any more."""

@@ -21,7 +21,7 @@ from orchestrator.model import (
 )
 from orchestrator.run.plan import DiskPlan
 from orchestrator.storage.base import ImageFile
-from orchestrator.target.base import Snapshot
+from orchestrator.target.base import FileSink, Sink, Snapshot
 
 log = structlog.get_logger(__name__)
 
@@ -39,9 +39,14 @@ class DiskRun:
     to_copy_bytes: int = 0
     copied_bytes: int = 0
     fleecing_peak_bytes: int = 0
-    compress: bool = False
+    sink: Sink | None = None
     by_windows: bool = False
     copying: bool = True
+
+    @property
+    def compress(self) -> bool:
+        """Whether QEMU compresses what it writes."""
+        return isinstance(self.sink, FileSink) and self.sink.compress
 
     @property
     def incremental(self) -> bool:

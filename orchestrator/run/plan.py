@@ -40,10 +40,15 @@ class DiskPlan:
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """What there is to build on: the VM's snapshots on the target, oldest first, and each disk's bitmaps of it."""
+    """What there is to build on: the VM's snapshots on the target, oldest first, and each disk's bitmaps of it.
+
+    `granule_bytes` and `reads_sinks` are the target's (`Target`).
+    """
 
     snapshots: Sequence[Snapshot]
     settlements: Mapping[str, Settlement]
+    granule_bytes: int
+    reads_sinks: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,17 +162,28 @@ def plan(
     fleecing = options.fleecing
     disks = tuple(_copied(disk, options, past) for disk in chosen)
     if not fleecing.enabled:
+        _check_unfleeced(vm, options, past)
         return Plan(disks, skipped)
     try:
         grants = _grants(vm, disks, fleecing.storage, nearest, room)
     except (FleecingError, AdmissionError) as error:
-        if fleecing.policy is FleecingPolicy.REQUIRE:
+        if fleecing.policy is FleecingPolicy.REQUIRE or not past.reads_sinks:
             raise
         return Plan(disks, skipped, (f"backed up without fleecing: {error}",))
     return Plan(
         tuple(replace(one, storage=grants[one.disk.id][0], grant_bytes=grants[one.disk.id][1]) for one in disks),
         skipped,
     )
+
+
+def _check_unfleeced(vm: str, options: RunOptions, past: Past) -> None:
+    if not past.reads_sinks:
+        raise AdmissionError(
+            f"VM {vm}: target {options.target} is a repository, and QEMU cannot read back what it wrote there:"
+            " backing up to it needs a fleecing image",
+            hint="leave enabled=0 out, and configure a [storage.NAME]",
+            code="fleecing-needed",
+        )
 
 
 def _copied(disk: Disk, options: RunOptions, past: Past) -> DiskPlan:
@@ -183,6 +199,9 @@ def _copied(disk: Disk, options: RunOptions, past: Past) -> DiskPlan:
     parent = parents[base.snapshot].get(disk.id)
     if parent is None:
         return DiskPlan(disk, Kind.FULL, f"{base.snapshot} does not have it", None, 0)
+    if base.granularity_bytes % past.granule_bytes:
+        known, needed = format_size(base.granularity_bytes), format_size(past.granule_bytes)
+        return DiskPlan(disk, Kind.FULL, f"its bitmap has a granularity of {known}, not {needed}", None, 0)
     if parent.size_bytes != disk.size_bytes:
         sizes = f"from {format_size(parent.size_bytes)} to {format_size(disk.size_bytes)}"
         return DiskPlan(disk, Kind.FULL, f"it was resized {sizes}", None, 0)

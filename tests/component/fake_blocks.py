@@ -18,8 +18,9 @@ QCOW2_MAGIC = b"QFI\xfb"
 
 @dataclass
 class Bitmap:
-    """A dirty bitmap, by clusters."""
+    """A dirty bitmap. It is kept by clusters, whatever its granularity."""
 
+    granularity: int = CLUSTER
     recording: bool = True
     persistent: bool = False
     inconsistent: bool = False

@@ -248,7 +248,7 @@ class FakeQemu:
             "dirty-bitmaps": [
                 {
                     "name": name,
-                    "granularity": CLUSTER,
+                    "granularity": bitmap.granularity,
                     "count": len(bitmap.dirty) * CLUSTER,
                     "recording": bitmap.recording,
                     "persistent": bitmap.persistent,
@@ -515,7 +515,9 @@ class FakeQemu:
         if verb == "add":
             if name in there:
                 raise CommandFailed("transaction", f"Bitmap already exists: {name}")
-            there[name] = Bitmap(not options.get("disabled"), options.get("persistent", False))
+            there[name] = Bitmap(
+                options["granularity"], not options.get("disabled"), options.get("persistent", False)
+            )
             return
         bitmap = self._bitmap("transaction", node, name or target)
         if bitmap.busy or (bitmap.inconsistent and verb != "remove"):

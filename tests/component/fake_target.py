@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import TargetError
 from orchestrator.model import Disk
-from orchestrator.target.base import Draft, Sink, Snapshot, SnapshotDisk, Target
+from orchestrator.qemu.commands import CLUSTER_BYTES
+from orchestrator.target.base import Content, Draft, FileSink, Snapshot, SnapshotDisk, Target, Verification
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
 
 
 class FakeTarget(Target):
     """See the contract, `Target`. `drafts` are those neither committed nor aborted."""
+
+    granule_bytes = CLUSTER_BYTES
+    reads_sinks = True
 
     def __init__(self, name: str, *, max_runs: int | None = None) -> None:
         self.name = name
@@ -40,7 +45,15 @@ class FakeTarget(Target):
     async def snapshots(self, vm: str | None = None) -> list[Snapshot]:
         return [snapshot for snapshot in self.listed if vm in (None, snapshot.vm)]
 
-    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> str:
+    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> Content:
+        raise NotImplementedError
+
+    def exported(
+        self, snapshot: Snapshot, disks: "Sequence[str]", folder: Path
+    ) -> "AbstractAsyncContextManager[Mapping[str, str]]":
+        raise NotImplementedError
+
+    async def verify(self, snapshot: Snapshot, *, share: float) -> Verification:
         raise NotImplementedError
 
     async def remove(self, snapshot: Snapshot) -> None:
@@ -93,14 +106,20 @@ class FakeDraft(Draft):
         self.parents: dict[str, str | None] = {}
         target.drafts.append(self)
 
-    async def add_disk(self, disk: Disk, *, compressible: bool, parent: str | None = None) -> Sink:
+    async def add_disk(self, disk: Disk, *, compressible: bool, parent: str | None = None) -> FileSink:
         await self._target.step("add_disk")
         self.parents[disk.id] = parent
         self._files[disk.id] = os.memfd_create(f"target-{disk.id}")
         os.ftruncate(self._files[disk.id], disk.size_bytes)
         if parent is not None:
             os.pwrite(self._files[disk.id], self._target.contents[parent, disk.id], 0)
-        return Sink(self._files[disk.id], compress=compressible and self._target.compresses)
+        return FileSink(self._files[disk.id], compress=compressible and self._target.compresses)
+
+    async def why_unwritten(self, disk: Disk) -> TargetError | None:  # noqa: ARG002
+        return None
+
+    async def cut_off(self) -> None:
+        await self._target.step("cut_off")
 
     async def seal(self, disk: Disk) -> SnapshotDisk:
         await self._target.step("seal")

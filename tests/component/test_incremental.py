@@ -10,6 +10,7 @@ import pytest
 from orchestrator.fleecing.bitmaps import name_of
 from orchestrator.model import Kind, Outcome, RunResult
 from orchestrator.qemu.commands import Command
+from orchestrator.target.base import ParentUnusable
 from tests.component.fake_blocks import CLUSTER
 from tests.component.fake_monitor import Trouble
 from tests.component.fake_target import FakeTarget
@@ -177,6 +178,35 @@ async def test_without_its_parent_on_the_target_a_disk_is_copied_whole(world: Wo
     result = await backed_up(world, number=2)
     assert result.reason == "vda, vdb: the snapshot that its bitmap records since is gone"
     assert len(bitmaps(world)) == 1
+
+
+async def test_what_the_target_cannot_build_on_is_copied_whole_in_the_same_run(
+    world: World, before: list[str]
+) -> None:
+    first = await backed_up(world, number=1)
+    write(world, "vda", 3, "changed")
+    seen: list[str] = []
+    world.fake_target.before = lambda step: refuse_at_first_disk(step, seen)
+    result = await backed_up(world, number=2)
+    assert result.reason == f"vda: chunks of it are gone; vdb: since {first.snapshot}"
+    assert seen.count("add_disk") == 3
+    assert [one.recording for one in bitmaps(world).values()] == [True]
+    await world.assert_nothing_is_left(before)
+
+
+def refuse_at_first_disk(step: str, seen: list[str]) -> None:
+    seen.append(step)
+    if seen.count("add_disk") == 1 and step == "add_disk":
+        raise ParentUnusable("chunks of it are gone")
+
+
+async def test_a_bitmap_that_is_finer_than_what_the_target_stores_is_of_no_use(world: World) -> None:
+    await backed_up(world, number=1)
+    world.fake_target.granule_bytes = 2 * CLUSTER
+    result = await backed_up(world, number=2)
+    assert result.reason == "vda, vdb: its bitmap has a granularity of 64.0 KiB, not 128.0 KiB"
+    assert [one.granularity for one in bitmaps(world).values()] == [2 * CLUSTER]
+    assert (await backed_up(world, number=3)).kind is Kind.INCREMENTAL
 
 
 async def test_bitmaps_outlast_the_vm_where_the_image_can_hold_them(world: World) -> None:

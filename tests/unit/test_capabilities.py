@@ -18,7 +18,8 @@ def schema(*, backup: tuple[str, ...], drivers: dict[str, tuple[str, ...]]) -> l
         {"name": "blockdev-add", "meta-type": "command", "arg-type": "7", "ret-type": "0"},
         *[object_type(types[driver], members) for driver, members in drivers.items()],
         object_type("7", ("driver", "node-name"), [{"case": one, "type": types[one]} for one in drivers]),
-        object_type("3", ("device", "target", *backup)),
+        object_type("3", ("device", "target", *backup)) if "x-perf" not in backup else job_type("3", backup),
+        object_type("9", ("max-workers", "min-cluster-size")),
         {"name": "blockdev-backup", "meta-type": "command", "arg-type": "3", "ret-type": "0"},
         {"name": "stop", "meta-type": "command", "arg-type": "0", "ret-type": "0"},
         {"name": "0", "meta-type": "object", "members": []},
@@ -32,20 +33,31 @@ def object_type(
     return found | ({"tag": "driver", "variants": variants} if variants else {})
 
 
+def job_type(name: str, members: tuple[str, ...]) -> dict[str, Any]:
+    made = object_type(name, members)
+    made["members"] = [one | {"type": "9"} if one["name"] == "x-perf" else one for one in made["members"]]
+    return made
+
+
 @pytest.mark.parametrize(
     ("backup", "drivers", "wanted"),
     [
-        (("discard-source",), {"copy-before-write": CBW, "snapshot-access": ()}, (True, True, True)),
-        ((), {"copy-before-write": CBW, "snapshot-access": ()}, (True, True, False)),
-        ((), {"copy-before-write": CBW[:3], "snapshot-access": ()}, (False, True, False)),
-        ((), {"copy-before-write": (*CBW[:3], "on-cbw-error")}, (False, False, False)),
-        ((), {"copy-before-write": (*CBW[:3], "cbw-timeout")}, (False, False, False)),
-        (("discard-source",), {"qcow2": CBW}, (False, False, True)),
-        (("on-cbw-error",), {"copy-before-write": ("discard-source",)}, (False, False, False)),
+        (("discard-source",), {"copy-before-write": CBW, "snapshot-access": ()}, (True, True, True, False)),
+        ((), {"copy-before-write": CBW, "snapshot-access": ()}, (True, True, False, False)),
+        ((), {"copy-before-write": CBW[:3], "snapshot-access": ()}, (False, True, False, False)),
+        ((), {"copy-before-write": (*CBW[:3], "on-cbw-error")}, (False, False, False, False)),
+        ((), {"copy-before-write": (*CBW[:3], "cbw-timeout")}, (False, False, False, False)),
+        (("discard-source",), {"qcow2": CBW}, (False, False, True, False)),
+        (
+            ("discard-source", "x-perf"),
+            {"copy-before-write": CBW, "snapshot-access": ()},
+            (True, True, True, True),
+        ),
+        (("on-cbw-error",), {"copy-before-write": ("discard-source",)}, (False, False, False, False)),
     ],
 )
 def test_features_are_found_where_they_count(
-    backup: tuple[str, ...], drivers: dict[str, tuple[str, ...]], wanted: tuple[bool, bool, bool]
+    backup: tuple[str, ...], drivers: dict[str, tuple[str, ...]], wanted: tuple[bool, ...]
 ) -> None:
     assert from_schema(schema(backup=backup, drivers=drivers)) == Capabilities(*wanted)
 
@@ -63,3 +75,4 @@ def test_the_real_qemu_has_what_we_need() -> None:
     assert found.snapshot_access
     # Where block jobs can discard their source, the schema says so somewhere; where not, nowhere.
     assert found.discard_source is ("discard-source" in spoken.stdout)
+    assert found.job_cluster_size is ("min-cluster-size" in spoken.stdout)

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 
 from orchestrator.admission import estimate
-from orchestrator.errors import AdmissionError, FleecingError, RefusedError
+from orchestrator.errors import AdmissionError, FleecingError, RefusedError, VmfleeceError
 from orchestrator.model import Disk, Fleecing, FleecingPolicy, Kind, RunOptions
 from orchestrator.qemu.capabilities import Capabilities
+from orchestrator.qemu.commands import CLUSTER_BYTES
 from orchestrator.run.plan import Past, Plan, Room, Situation, check_situation, choose_disks, plan
 from orchestrator.units import GIB, MIB, Share
 
-CAPABLE = Capabilities(break_snapshot=True, snapshot_access=True, discard_source=True)
+CAPABLE = Capabilities(break_snapshot=True, snapshot_access=True, discard_source=True, job_cluster_size=True)
 REQUIRE = Fleecing()
 PREFER = Fleecing(policy=FleecingPolicy.PREFER)
 
@@ -143,7 +144,7 @@ def planned(
     )
 
 
-NOTHING = Past((), {})
+NOTHING = Past((), {}, granule_bytes=CLUSTER_BYTES, reads_sinks=True)
 
 
 def room(quotas: dict[str, int], expected: dict[str, int]) -> Room:
@@ -153,6 +154,15 @@ def room(quotas: dict[str, int], expected: dict[str, int]) -> Room:
 
 def places(made: Plan) -> list[str | None]:
     return [one.storage for one in made.disks]
+
+
+@pytest.mark.parametrize("fleecing", [Fleecing(enabled=False), Fleecing(policy=FleecingPolicy.PREFER)])
+def test_a_target_that_qemu_cannot_read_needs_fleecing(fleecing: Fleecing) -> None:
+    unreadable = replace(NOTHING, reads_sinks=False)
+    with pytest.raises(VmfleeceError) as refused:
+        planned(fleecing, nearest=None, past=unreadable)
+    assert refused.value.code == ("no-storage" if fleecing.enabled else "fleecing-needed")
+    assert places(planned(fleecing, nearest=None)) == [None, None]
 
 
 def test_the_named_storage_comes_before_the_nearest() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from orchestrator.fleecing.graph import Filter, insertion, nodes_below, preparation, removal
 from orchestrator.fleecing.names import DISMANTLING, FLEECING, DiskNames, role_of, run_of, run_prefix
 from orchestrator.model import Disk
-from orchestrator.qemu.commands import Command
+from orchestrator.qemu.commands import CLUSTER_BYTES, Command
 from orchestrator.run.backup import new_run_id
 
 RUN = "0a1b2c3d"
@@ -48,7 +48,7 @@ OLD, NEW = "old", "new"
 
 
 def fleeced(number: int, name: str, old_bitmap: str | None = None) -> Filter:
-    return Filter(disk(name), names(number), names(number).image, NEW, old_bitmap)
+    return Filter(disk(name), names(number), names(number).image, NEW, CLUSTER_BYTES, old_bitmap)
 
 
 def test_filters_go_in_before_devices_are_put_on_them_and_snapshots_last() -> None:
@@ -127,7 +127,8 @@ def test_a_filter_breaks_the_backup_never_the_guest() -> None:
 
 
 def test_old_data_goes_to_the_target_without_fleecing() -> None:
-    (_, cbw, *_) = insertion([Filter(disk("vda"), names(), names().target, NEW)], cbw_timeout_seconds=1)
+    unfleeced = Filter(disk("vda"), names(), names().target, NEW, CLUSTER_BYTES)
+    (_, cbw, *_) = insertion([unfleeced], cbw_timeout_seconds=1)
     assert cbw.arguments["target"] == names().target
 
 

@@ -22,9 +22,9 @@ import structlog
 from orchestrator import aio
 from orchestrator.errors import TargetError, ToolError
 from orchestrator.model import Compression, Disk
-from orchestrator.qemu import tools
+from orchestrator.qemu import commands, tools
 from orchestrator.target import durable
-from orchestrator.target.base import Draft, FileSink, Snapshot, SnapshotDisk, Target
+from orchestrator.target.base import Draft, FileSink, ParentUnusable, Snapshot, SnapshotDisk, Target
 from orchestrator.target.images import chain, locks, manifest, merging, removal
 from orchestrator.target.images.errors import explained, gone, unwritten
 
@@ -36,6 +36,9 @@ DISK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 class ImagesTarget(Target):
     """See the contract, `Target`."""
+
+    granule_bytes = commands.CLUSTER_BYTES
+    reads_sinks = True
 
     def __init__(
         self,
@@ -225,7 +228,7 @@ class ImagesDraft(Draft):
             with explained(self._target, folder):
                 descriptor = locks.hold(folder)
             if descriptor is None:
-                raise gone(parent)
+                raise ParentUnusable(gone(parent).message)
             self._held[parent] = descriptor
 
     async def why_unwritten(self, disk: Disk) -> TargetError | None:  # noqa: ARG002  QEMU itself knows best
