@@ -24,6 +24,7 @@ from orchestrator.config.settings import (
     LogLevel,
     Setting,
     StorageSettings,
+    TargetDriver,
     TargetSettings,
 )
 from orchestrator.config.values import SMALLEST_QUOTA_BYTES
@@ -37,6 +38,7 @@ __all__ = [
     "LogLevel",
     "Setting",
     "StorageSettings",
+    "TargetDriver",
     "TargetSettings",
     "default_path",
     "effective",

@@ -127,9 +127,7 @@ def describe(model: type[Table], error: ErrorDetails) -> str:
         case "value_error":
             return str(context["error"])
         case "missing":
-            wanted = model.model_fields[str(error["loc"][0])]
-            example = json.dumps((wanted.examples or [""])[0])
-            return f"missing, but needed: {wanted.description} For example {example}"
+            return missing(model, str(error["loc"][0]))
         case "extra_forbidden":
             table = FleecingTable if len(error["loc"]) > 1 else model
             return _unknown(str(error["loc"][-1]), list(table.model_fields))
@@ -146,6 +144,13 @@ def describe(model: type[Table], error: ErrorDetails) -> str:
             allowed = _ALLOWED.get(kind, error["msg"])
     shown = str(given).lower() if isinstance(given, bool) else repr(given)
     return f"{shown} is not allowed; allowed: {allowed}"
+
+
+def missing(model: type[Table], key: str) -> str:
+    """Return that a key of a `model` is needed."""
+    wanted = model.model_fields[key]
+    example = json.dumps((wanted.examples or [""])[0])
+    return f"missing, but needed: {wanted.description} For example {example}"
 
 
 _ALLOWED = {

@@ -39,12 +39,8 @@ LATER = (
     Later("daemon", "listen"),
     Later("daemon", "ledger", only="sqlite"),
     Later("storage", "driver", only="directory"),
-    Later("target", "driver", only="images"),
-    Later("target", "url", instead="give path, a folder for driver 'images'"),
-    Later("target", "password_file"),
     Later("vm", "libvirt", instead="give qmp, a monitor socket of its own"),
     Later("vm", "agent"),
-    Later("vm", "extra_files"),
     Later("job", "consistency", values=("freeze",), instead="allowed: 'pause' or 'none'"),
     Later("job", "hook"),
 )

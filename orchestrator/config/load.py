@@ -16,7 +16,7 @@ from orchestrator.config.checks import cross_check, wants_fleecing
 from orchestrator.config.draft import Draft, Problem, describe, read_tables
 from orchestrator.config.places import Places, shown
 from orchestrator.config.properties import parse_fleecing_properties
-from orchestrator.config.schema import NAMED, SECTIONS, FleecingTable, JobTable
+from orchestrator.config.schema import NAMED, SECTIONS, FleecingTable, JobTable, TargetTable
 from orchestrator.config.select import select
 from orchestrator.config.settings import (
     Config,
@@ -24,10 +24,11 @@ from orchestrator.config.settings import (
     JobSettings,
     Setting,
     StorageSettings,
+    TargetDriver,
     TargetSettings,
 )
 from orchestrator.errors import ConfigError
-from orchestrator.model import Fleecing, FleecingPolicy, RunOptions, Vm
+from orchestrator.model import Compression, Fleecing, FleecingPolicy, RunOptions, Vm
 
 
 def default_path() -> Path:
@@ -115,7 +116,9 @@ def _settings(path: Path, places: Places, raw: dict[str, Any], draft: Draft) -> 
                 elif section == "job" and key == "fleecing":
                     value = "enabled=1"
                 elif section == "job" and key == "fleecing_policy":
-                    value = _policy(draft.job[name]).value
+                    value = _policy(draft, draft.job[name]).value
+                elif section == "target" and key == "compress":
+                    value = _compression(draft.target[name]).value
                 yield Setting(shown((*table_path, key)), value, origin)
 
 
@@ -135,11 +138,20 @@ def _config(path: Path, draft: Draft, settings: tuple[Setting, ...]) -> Config:
             for name, table in draft.storage.items()
         },
         target={
-            name: TargetSettings(name, table.path, table.compress, table.max_runs)
+            name: TargetSettings(
+                name,
+                table.driver,
+                table.url or str(table.path),
+                table.path,
+                _compression(table),
+                table.password_file,
+                table.reclaim,
+                table.max_runs,
+            )
             for name, table in draft.target.items()
         },
         vm={
-            name: Vm(name, table.qmp, table.priority, tuple(table.exclude_disks))
+            name: Vm(name, table.qmp, table.priority, tuple(table.exclude_disks), tuple(table.extra_files))
             for name, table in draft.vm.items()
         },
         job={name: _job(name, table, draft) for name, table in draft.job.items()},
@@ -147,15 +159,19 @@ def _config(path: Path, draft: Draft, settings: tuple[Setting, ...]) -> Config:
     )
 
 
-def _policy(job: JobTable) -> FleecingPolicy:
-    return FleecingPolicy.REQUIRE if wants_fleecing(job) else FleecingPolicy.PREFER
+def _compression(target: TargetTable) -> Compression:
+    return Compression.ZSTD if target.driver is TargetDriver.RESTIC else target.compress
+
+
+def _policy(draft: Draft, job: JobTable) -> FleecingPolicy:
+    return FleecingPolicy.REQUIRE if wants_fleecing(draft, job) else FleecingPolicy.PREFER
 
 
 def _job(name: str, job: JobTable, draft: Draft) -> JobSettings:
     fleecing = job.fleecing or FleecingTable()
     options = RunOptions(
         target=job.target,
-        fleecing=Fleecing(fleecing.enabled, fleecing.storage, _policy(job)),
+        fleecing=Fleecing(fleecing.enabled, fleecing.storage, _policy(draft, job)),
         consistency=job.consistency,
         cbw_timeout_seconds=job.cbw_timeout,
         bwlimit_bytes_per_second=job.bwlimit,

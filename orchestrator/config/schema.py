@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from orchestrator.config.later import LATER
 from orchestrator.config.properties import read_keep
-from orchestrator.config.settings import LogFormat, LogLevel
+from orchestrator.config.settings import LogFormat, LogLevel, TargetDriver
 from orchestrator.config.values import (
     AbsolutePath,
     Calendar,
@@ -23,6 +23,7 @@ from orchestrator.config.values import (
     Rate,
     ShareOrSize,
     Socket,
+    Url,
     one_of,
     read_fleecing,
 )
@@ -94,12 +95,34 @@ class StorageTable(Table):
 
 
 class TargetTable(Table):
-    """A place where backups go."""
+    """A place where backups go. Which keys fit which driver: `checks`."""
 
-    driver: str = _key("images", description="What kind of target it is: qcow2 files.", example="images")
-    path: AbsolutePath = _key(
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["path"]}, {"required": ["url"]}]})
+
+    driver: Annotated[TargetDriver, Field(strict=False), one_of(TargetDriver)] = _key(
+        "images",
+        description="What kind of target it is: images, a folder of qcow2 files; restic, a repository.",
+        example="restic",
+    )
+    path: AbsolutePath | None = _key(
+        None,
         description="Folder of the backups.",
         example="/srv/backup/vms",
+    )
+    url: Url | None = _key(
+        None,
+        description="Address of a repository in a bucket, instead of path.",
+        example="s3://bucket/prefix",
+    )
+    password_file: AbsolutePath | None = _key(
+        None,
+        description="File with the password of the repository; systemd's credential NAME.password if absent.",
+        example="/etc/vmfleece/main.password",
+    )
+    reclaim: Calendar | None = _key(
+        None,
+        description="When the space of a repository's forgotten snapshots is freed; only by hand if absent.",
+        example="sun 04:00",
     )
     max_runs: MaxRuns | None = _key(
         None,
@@ -108,7 +131,7 @@ class TargetTable(Table):
     )
     compress: Annotated[Compression, Field(strict=False), one_of(Compression)] = _key(
         "none",
-        description="How QEMU compresses the clusters that it writes.",
+        description="How QEMU compresses the clusters that it writes. A repository is always compressed: zstd.",
         example="zstd",
     )
 
@@ -127,6 +150,11 @@ class VmTable(Table):
         [],
         description="Device ids of disks that are not backed up.",
         example=["scratch0"],
+    )
+    extra_files: list[AbsolutePath] = _key(
+        [],
+        description="Small files that belong to the VM, such as its UEFI variables: stored with each snapshot.",
+        example=["/var/lib/qemu/web01/OVMF_VARS.fd"],
     )
 
 
@@ -190,7 +218,7 @@ class JobTable(Table):
     fleecing_policy: Annotated[FleecingPolicy, Field(strict=False), one_of(FleecingPolicy)] | None = _key(
         None,
         description="Where fleecing cannot be had, require fails and prefer backs up without it. "
-        "Absent: require if the job has fleecing, else prefer.",
+        "Absent: require if the job has fleecing or its target is a repository, else prefer.",
         example="require",
     )
     consistency: Annotated[Consistency, Field(strict=False), one_of(Consistency)] = _key(

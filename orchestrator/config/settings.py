@@ -26,6 +26,13 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
+class TargetDriver(StrEnum):
+    """What kind of target it is: a folder of qcow2 files, or a repository in restic's format."""
+
+    IMAGES = "images"
+    RESTIC = "restic"
+
+
 @dataclass(frozen=True, slots=True)
 class DaemonSettings:
     """The service itself. `max_runs` over all storages and targets."""
@@ -51,11 +58,19 @@ class StorageSettings:
 
 @dataclass(frozen=True, slots=True)
 class TargetSettings:
-    """A target of backups. `max_runs` None: no limit."""
+    """A target of backups. `place` is its absolute path or its URL, `path` None if it has no path.
+
+    `compress` of a repository is always ZSTD. `password_file` None: systemd's credential, `reclaim` None: space of
+    forgotten snapshots is freed by hand only, `max_runs` None: no limit.
+    """
 
     name: str
-    path: Path
+    driver: TargetDriver
+    place: str
+    path: Path | None
     compress: Compression = Compression.NONE
+    password_file: Path | None = None
+    reclaim: str | None = None
     max_runs: int | None = None
 
 

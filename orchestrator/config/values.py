@@ -29,6 +29,7 @@ SMALLEST_QUOTA_BYTES = 2 * MIB
 _LONGEST_CBW_TIMEOUT_SECONDS = 45
 _LONGEST_SOCKET_BYTES = 107  # sun_path of unix(7), without the closing zero
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_URL = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](?:/(?!\.{1,2}(?:/|$))[A-Za-z0-9!_.*'()=-]+)*/?")
 
 
 def _check_name(given: str) -> str:
@@ -45,6 +46,15 @@ def _check_path(given: Any) -> Any:
     if isinstance(given, str) and not (given.startswith("/") and given.isprintable()):
         raise ValueError(f"{given!r} is no path; allowed: an absolute one, such as '/srv'")
     return given
+
+
+def _check_url(given: str) -> str:
+    allowed = "allowed: s3://BUCKET or s3://BUCKET/PREFIX"
+    if "@" in given or "?" in given:  # not repeated: it may hold a secret
+        raise ValueError(f"an address with '@' or '?'; keys of a bucket come from the environment; {allowed}")
+    if not _URL.fullmatch(given):
+        raise ValueError(f"{given!r} is no address of a repository; {allowed}")
+    return given.rstrip("/")
 
 
 def _check_socket(given: Path) -> Path:
@@ -111,6 +121,9 @@ AbsolutePath = Annotated[
     Field(strict=False),
     BeforeValidator(_check_path),
     WithJsonSchema({"type": "string", "pattern": "^/"}),
+]
+Url = Annotated[
+    str, AfterValidator(_check_url), WithJsonSchema({"type": "string", "pattern": f"^{_URL.pattern}$"})
 ]
 Socket = Annotated[AbsolutePath, AfterValidator(_check_socket)]
 Quota = Annotated[int, AfterValidator(_check_quota), BeforeValidator(parse_size), _text_or_number("integer")]

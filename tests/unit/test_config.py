@@ -71,7 +71,9 @@ def test_defaults(tmp_path: Path) -> None:
             "local", Path("/fleecing"), 10 * GIB, Share(10.0), Share(10.0), max_runs=None
         )
     }
-    assert loaded.target == {"main": config.TargetSettings("main", Path("/backup"), model.Compression.NONE, None)}
+    assert loaded.target == {
+        "main": config.TargetSettings("main", config.TargetDriver.IMAGES, "/backup", Path("/backup"))
+    }
     assert loaded.vms() == {
         "web01": model.Vm("web01", Path("/run/qemu/web01.qmp"), 50, ()),
         "db01": model.Vm("db01", Path("/run/qemu/db01.qmp"), 50, ()),
@@ -103,8 +105,18 @@ def test_an_empty_file_is_a_configuration(tmp_path: Path) -> None:
 def test_the_example_has_every_value_that_design_gives() -> None:
     loaded = config.load(EXAMPLE)
     assert loaded.storage["local"].quota_bytes == 200 * GIB
-    assert loaded.target["main"].max_runs == 2
+    assert loaded.target["main"] == config.TargetSettings(
+        "main",
+        config.TargetDriver.RESTIC,
+        "/srv/backup/vms",
+        Path("/srv/backup/vms"),
+        compress=model.Compression.ZSTD,
+        password_file=Path("/etc/vmfleece/main.password"),
+        reclaim="sun 04:00",
+        max_runs=2,
+    )
     assert loaded.vm["web01"].exclude_disks == ("scratch0",)
+    assert loaded.vm["web01"].extra_files == (Path("/var/lib/qemu/web01/OVMF_VARS.fd"),)
     job = loaded.job["nightly"]
     assert job.vms == ("web01", "db01")
     assert job.schedule == "mon..fri 02:30"
@@ -126,6 +138,8 @@ def test_what_leaves_is_frozen(tmp_path: Path) -> None:
         ("storage.local", "quota = 67108864", lambda c: c.storage["local"].quota_bytes == 64 * MIB),
         ("storage.local", 'min_free = "5GiB"', lambda c: c.storage["local"].min_free == 5 * GIB),
         ("target.main", 'compress = "zstd"', lambda c: c.target["main"].compress == "zstd"),
+        ("target.main", 'driver = "images"', lambda c: c.target["main"].driver is config.TargetDriver.IMAGES),
+        ("vm.web01", 'extra_files = ["/f"]', lambda c: c.vm["web01"].extra_files == (Path("/f"),)),
         ("vm.web01", "priority = 100", lambda c: c.vm["web01"].priority == 100),
         ("daemon", 'log_format = "console"', lambda c: c.daemon.log_format == "console"),
         (
@@ -160,6 +174,36 @@ def test_what_leaves_is_frozen(tmp_path: Path) -> None:
 def test_values_are_read(tmp_path: Path, section: str, line: str, read: object) -> None:
     assert callable(read)
     assert read(load(tmp_path, with_line(section, line)))
+
+
+def a_repository(*lines: str) -> str:
+    """GOOD, with a repository instead of a folder of images."""
+    return GOOD.replace('path = "/backup"\n', "\n".join(['driver = "restic"', *lines, ""]))
+
+
+@pytest.mark.parametrize(
+    ("place", "url", "path"),
+    [
+        ("/backup", 'path = "/backup"', Path("/backup")),
+        ("s3://bucket", 'url = "s3://bucket"', None),
+        ("s3://my.bucket-2/Some/pre_fix=1", 'url = "s3://my.bucket-2/Some/pre_fix=1/"', None),
+    ],
+)
+def test_a_repository(tmp_path: Path, place: str, url: str, path: Path | None) -> None:
+    loaded = load(tmp_path, a_repository(url))
+    restic, zstd = config.TargetDriver.RESTIC, model.Compression.ZSTD
+    assert loaded.target["main"] == config.TargetSettings("main", restic, place, path, zstd)
+    rows = {each.key: (each.value, each.origin) for each in config.effective(loaded)}
+    assert rows["target.main.compress"] == ("zstd", "default")
+    assert rows["target.main.password_file"] == (None, "default")
+    assert rows["job.nightly.fleecing_policy"] == ("require", "default")
+    assert loaded.run_options("nightly").fleecing == model.Fleecing(True, None, REQUIRE)
+
+
+def test_a_repository_takes_all_its_keys(tmp_path: Path) -> None:
+    lines = ('path = "/b"', 'password_file = "/p"', 'reclaim = "sun 04:00"', "max_runs = 1", 'compress = "zstd"')
+    settings = load(tmp_path, a_repository(*lines)).target["main"]
+    assert (settings.password_file, settings.reclaim, settings.max_runs) == (Path("/p"), "sun 04:00", 1)
 
 
 REQUIRE, PREFER = model.FleecingPolicy.REQUIRE, model.FleecingPolicy.PREFER
@@ -283,6 +327,10 @@ def test_the_schema_describes_every_key_with_an_example() -> None:
     assert job["consistency"]["enum"] == ["pause", "none"]
     assert job["full_every"]["maximum"] == 1000
     assert job["prune_backups"]["type"] == "string"
+    target = schema["$defs"]["TargetTable"]
+    assert target["properties"]["driver"]["enum"] == ["images", "restic"]
+    assert target["oneOf"] == [{"required": ["path"]}, {"required": ["url"]}]
+    assert re.fullmatch(target["properties"]["url"]["pattern"], "s3://bucket/prefix")
     assert "null" not in str(schema)
     assert "None" not in str(schema)
 

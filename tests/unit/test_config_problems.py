@@ -10,7 +10,7 @@ from orchestrator import config
 from orchestrator.config.later import LATER
 from orchestrator.config.schema import SECTIONS
 from orchestrator.errors import ConfigError
-from tests.unit.test_config import GOOD, load, problems, with_line
+from tests.unit.test_config import GOOD, a_repository, load, problems, with_line
 
 CASES = [
     # wrong kinds of values
@@ -26,6 +26,9 @@ CASES = [
     ("daemon", "log_format = 1", "1 is not allowed; allowed: 'json', 'console'"),
     ("daemon", "ledger = 3", "daemon.ledger: 3 is not allowed; allowed: a text in quotes"),
     ("target.main", 'compress = "lz4"', "'lz4' is not allowed; allowed: 'none', 'zstd'"),
+    ("target.main", 'driver = "ext4"', "main.driver: 'ext4' is not allowed; allowed: 'images', 'restic'"),
+    ("vm.web01", 'extra_files = "/f"', "extra_files: '/f' is not allowed; allowed: a list"),
+    ("vm.web01", 'extra_files = ["/f", "g"]', "extra_files: 'g' is no path; allowed: an absolute one"),
     ("vm.web01", "priority = 101", "vm.web01.priority: 101 is not allowed; allowed: at most 100"),
     ("vm.web01", "priority = -1", "vm.web01.priority: -1 is not allowed; allowed: at least 0"),
     ("vm.web01", 'exclude_disks = "a"', "'a' is not allowed; allowed: a list, such as"),
@@ -101,6 +104,14 @@ CASES = [
         "target.main.path: '/fleecing/backup' lies inside storage.local.path, '/fleecing'; allowed",
     ),
     ("target.main", 'path = "/"', "target.main.path: '/' contains storage.local.path, '/fleecing'"),
+    # what does not fit the driver
+    (
+        "target.main",
+        'url = "s3://bucket"',
+        "not for driver 'images', a folder of qcow2 files; allowed: with driver",
+    ),
+    ("target.main", 'password_file = "/p"', "not for driver 'images', a folder of qcow2 files; allowed: with"),
+    ("target.main", 'reclaim = "daily"', "not for driver 'images', a folder of qcow2 files; allowed: with"),
     # references
     ("job.nightly", 'target = "mian"', "there is no target 'mian'; targets: main"),
     ("job.nightly", 'target = "a b"', "job.nightly.target: 'a b' is no name; allowed: 1 to 64"),
@@ -198,12 +209,8 @@ LATER_CASES = [
     ("daemon", 'listen = "127.0.0.1:9321"', "listen: not available yet"),
     ("daemon", 'ledger = "postgresql://db"', "'postgresql://db' is not available yet; allowed: 's"),
     ("storage.local", 'driver = "lvm"', "'lvm' is not available yet; allowed: 'directory'"),
-    ("target.main", 'driver = "restic"', "'restic' is not available yet; allowed: 'images'"),
-    ("target.main", 'url = "s3://bucket"', "url: not available yet; give path, a folder"),
-    ("target.main", 'password_file = "/p"', "password_file: not available yet"),
     ("vm.web01", 'libvirt = "qemu:///system"', "libvirt: not available yet; give qmp, a monitor"),
     ("vm.web01", 'agent = "/run/a"', "agent: not available yet"),
-    ("vm.web01", 'extra_files = ["/f"]', "extra_files: not available yet"),
     ("job.nightly", 'consistency = "freeze"', "'freeze' is not available yet; allowed: 'pause' or"),
     ("job.nightly", 'hook = "/hook"', "hook: not available yet"),
 ]
@@ -244,6 +251,85 @@ def test_two_storages_or_targets_with_one_folder(tmp_path: Path) -> None:
     assert problems(tmp_path, text) == [
         f"18: storage.b.path: '/fleecing' {same} storage.local.path, '/fleecing'; {apart}",
         f"21: target.b.path: '/x/../backup' {same} target.main.path, '/backup'; {apart}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ('path = "/b"\nurl = "s3://bucket"', "8: target.main.url: path is given, too; allowed: one of them"),
+        ("", "5: target.main.path: missing, but needed: Folder of the backups. For example"),
+        ('path = "b"', "7: target.main.path: 'b' is no path; allowed: an absolute one"),
+        (
+            'path = "/b"\ncompress = "none"',
+            "8: target.main.compress: 'none' is not allowed: what is in a repository is always compressed;",
+        ),
+        ('path = "/b"\nreclaim = "never"', "8: target.main.reclaim: 'never' is no calendar expression"),
+        ('path = "/fleecing/b"', "7: target.main.path: '/fleecing/b' lies inside storage.local.path, '/fleecing'"),
+        *(
+            (f'url = "{url}"', f"7: target.main.url: '{url}' is no address of a repository; allowed: s3://")
+            for url in (
+                "/b", "s3://", "s3://b", "s3://bucket//x", "s3:bucket", "http://bucket", "s3://bucket/../x",
+                "s3://bucket/x/.", "s3://Bucket", "s3://bucket/a b",
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_a_repository(tmp_path: Path, lines: str, expected: str) -> None:
+    (problem,) = problems(tmp_path, a_repository(lines))
+    assert problem.startswith(expected)
+
+
+@pytest.mark.parametrize("url", ["s3://key:hidden@bucket/prefix", "s3://bucket?secret=hidden"])
+def test_an_address_that_may_hold_a_secret_is_not_repeated(tmp_path: Path, url: str) -> None:
+    (problem,) = problems(tmp_path, a_repository(f'url = "{url}"'))
+    assert "7: target.main.url: an address with '@' or '?'; keys of a bucket come from the environment" in problem
+    assert "hidden" not in problem
+
+
+def test_two_repositories_with_one_address(tmp_path: Path) -> None:
+    text = a_repository('url = "s3://bucket/a"')
+    for name, url in (("same", "s3://bucket/a/"), ("inside", "s3://bucket/a/b"), ("around", "s3://bucket")):
+        (problem,) = problems(tmp_path, f'{text}[target.{name}]\ndriver = "restic"\nurl = "{url}"\n')
+        assert problem.startswith(f"20: target.{name}.url: ")
+        assert "target.main.url, 's3://bucket/a'; allowed: a folder apart" in problem
+    load(tmp_path, f'{text}[target.beside]\ndriver = "restic"\nurl = "s3://bucket/ab"\n')
+
+
+NEEDS_FLEECING = "target 'main' is a repository, which is written chunk by chunk and cannot be read back by QEMU"
+
+
+@pytest.mark.parametrize(
+    ("line", "allowed"),
+    [
+        ('fleecing = "enabled=0"', "so it needs a fleecing image; allowed: enabled=1"),
+        ('fleecing_policy = "prefer"', "so it needs a fleecing image; allowed: 'require'"),
+    ],
+)
+def test_a_repository_is_not_written_without_fleecing(tmp_path: Path, line: str, allowed: str) -> None:
+    (problem,) = problems(tmp_path, a_repository('path = "/b"') + line)
+    assert problem == f"18: job.nightly.{line.split(' = ', maxsplit=1)[0]}: {NEEDS_FLEECING}, {allowed}"
+
+
+def test_a_repository_is_not_written_without_a_storage(tmp_path: Path) -> None:
+    text = a_repository('path = "/b"')
+    without = text[text.index("[target") :]
+    wanted = "so it needs a fleecing image, and there is no storage; allowed: with a [storage.NAME]"
+    for line in ("", 'fleecing = "1"', 'fleecing_policy = "require"'):
+        assert problems(tmp_path, without + line) == [f"13: job.nightly.target: {NEEDS_FLEECING}, {wanted}"]
+
+
+def test_everything_that_is_wrong_with_a_repository_is_said_at_once(tmp_path: Path) -> None:
+    lines = ('path = "b"', 'url = "s3://b"', 'compress = "none"', "reclaim = 3", 'password = "p"')
+    text = a_repository(*lines) + 'fleecing = "enabled=0"\n'
+    assert [" ".join(each.split(": ")[:2]) for each in problems(tmp_path, text)] == [
+        "7 target.main.path",
+        "8 target.main.url",
+        "8 target.main.url",
+        "9 target.main.compress",
+        "10 target.main.reclaim",
+        "11 target.main.password",
+        "22 job.nightly.fleecing",
     ]
 
 
