@@ -6,17 +6,21 @@ Errors are ToolError; cancellation ends the tool.
 
 import asyncio
 import contextlib
-import hashlib
+import io
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from orchestrator import aio
 from orchestrator.errors import ToolError
+from orchestrator.qemu import reading
 
-PIPE_READ_BYTES = 1 << 20
+CONVERT_REQUESTS = 16
+"""Side by side; the most that qemu-img takes."""
+_MAY_READ = "is the file complete, and may this user read it?"
 
 
 async def create_qcow2(descriptor: int, size_bytes: int, *, options: str = "", backing: str | None = None) -> None:
@@ -32,9 +36,14 @@ async def create_qcow2(descriptor: int, size_bytes: int, *, options: str = "", b
     await _run([*argv, f"/dev/fd/{descriptor}", str(size_bytes)], pass_fds=(descriptor,))
 
 
-async def convert(source: Path, source_format: str, to: Path, to_format: str, *, into_existing: bool) -> None:
-    """Copy an image's content into another one. `into_existing`: a block device, which is not created."""
-    argv = ["qemu-img", "convert", "-f", source_format, "-O", to_format]
+async def convert(
+    source: Path | str, source_format: str, to: Path, to_format: str, *, into_existing: bool
+) -> None:
+    """Copy an image's content, or what an NBD server has (by its URI), into another image, out of order.
+
+    `into_existing`: a block device, which is not created, and gets zeroes written where a file gets holes.
+    """
+    argv = ["qemu-img", "convert", "-m", str(CONVERT_REQUESTS), "-W", "-f", source_format, "-O", to_format]
     if into_existing:
         argv.append("-n")
     await _run([*argv, str(source), str(to)])
@@ -64,12 +73,26 @@ async def virtual_size(path: Path, image_format: str) -> int:
     return int(json.loads(finished.stdout)["virtual-size"])
 
 
-async def sha256(path: Path, image_format: str, *, size_bytes: int | None = None) -> str:
-    """The SHA-256 of an image's whole content, in hex; of its first `size_bytes` if given.
+async def sha256(path: Path, image_format: str) -> str:
+    """The SHA-256 of an image's whole content, in hex."""
+    return await read_back(path, image_format)
 
-    nbdcopy starts qemu-nbd on a private socket, reads through it and writes the content to a pipe.
-    """
-    server = ["qemu-nbd", "--read-only", *_image_options(path, image_format, size_bytes)]
+
+async def read_back(
+    path: Path, image_format: str, update: reading.Update | None = None, *, size_bytes: int = sys.maxsize
+) -> str:
+    """Have `update` take an image's content, of a raw one its first `size_bytes`; return its SHA-256 in hex."""
+    if image_format != "raw":
+        return await _read_served(path, image_format, update)
+    try:
+        return await reading.file_sha256(path, update, most_bytes=size_bytes)
+    except OSError as error:
+        raise ToolError(f"cannot read back {path}: {error.strerror}", hint=_MAY_READ) from error
+
+
+async def _read_served(path: Path, image_format: str, update: reading.Update | None) -> str:
+    """Have nbdcopy start qemu-nbd on a private socket, read through it and write the content to a pipe."""
+    server = ["qemu-nbd", "--read-only", f"--format={image_format}", str(path)]
     read_end, write_end = os.pipe()
     try:
         process = await aio.acquire(
@@ -80,32 +103,25 @@ async def sha256(path: Path, image_format: str, *, size_bytes: int | None = None
                 stderr=asyncio.subprocess.PIPE,
                 start_new_session=True,  # a process group of their own, which can be killed as one
             ),
-            _end,
+            end,
         )
     except BaseException as error:
         os.close(read_end)
         if isinstance(error, FileNotFoundError):
-            raise _missing("nbdcopy") from error
+            raise missing("nbdcopy") from error
         raise
     finally:
         os.close(write_end)
     try:
-        digest = await aio.in_thread(_hash_pipe, read_end, end=lambda: _kill_group(process.pid))
+        digest = await aio.in_thread(
+            lambda pipe: _hash_pipe(pipe, update), read_end, end=lambda: _kill_group(process.pid)
+        )
     finally:
         _, stderr = await aio.finish(process.communicate())
     if process.returncode != 0:
-        raise ToolError(
-            f"cannot read back {path}: {stderr.decode(errors='replace').strip()}",
-            hint="is the file complete, and may this user read it?",
-        )
+        said = stderr.decode(errors="replace").strip()
+        raise ToolError(f"cannot read back {path}: {said}", hint=_MAY_READ)
     return digest
-
-
-def _image_options(path: Path, image_format: str, size_bytes: int | None) -> list[str]:
-    if size_bytes is None:
-        return [f"--format={image_format}", str(path)]
-    options = {"driver": "raw", "size": size_bytes, "file": {"driver": "host_device", "filename": str(path)}}
-    return ["json:" + json.dumps(options)]
 
 
 def write_back(paths: Iterable[str]) -> None:
@@ -122,12 +138,9 @@ def write_back(paths: Iterable[str]) -> None:
                 os.close(descriptor)
 
 
-def _hash_pipe(descriptor: int) -> str:
-    digest = hashlib.sha256()
-    with open(descriptor, "rb", buffering=0) as pipe:
-        while chunk := pipe.read(PIPE_READ_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _hash_pipe(descriptor: int, update: reading.Update | None) -> str:
+    with io.FileIO(descriptor) as pipe:
+        return reading.sha256(pipe, update)
 
 
 def _kill_group(leader: int) -> None:
@@ -136,7 +149,8 @@ def _kill_group(leader: int) -> None:
         os.killpg(leader, signal.SIGKILL)
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
+async def end(process: asyncio.subprocess.Process) -> None:
+    """End a tool that leads a process group, with all that it started, and wait for it."""
     _kill_group(process.pid)
     await process.communicate()
 
@@ -145,13 +159,14 @@ async def _run(argv: list[str], *, pass_fds: tuple[int, ...] = ()) -> aio.Finish
     try:
         finished = await aio.run_process(argv, pass_fds=pass_fds)
     except FileNotFoundError as error:
-        raise _missing(argv[0]) from error
+        raise missing(argv[0]) from error
     if finished.returncode != 0:
         raise ToolError(f"{argv[0]} {argv[1]} failed: {finished.stderr}")
     return finished
 
 
-def _missing(program: str) -> ToolError:
+def missing(program: str) -> ToolError:
+    """The error that a tool is not there."""
     return ToolError(
         f"{program} is not installed",
         hint="install QEMU's tools and libnbd's: apt-get install qemu-utils libnbd-bin",

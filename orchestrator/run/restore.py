@@ -1,5 +1,7 @@
 """Giving a snapshot's disks back, checked against the hashes that were taken when it was made.
 
+Nothing is continued: who restores again after an interruption starts over.
+
 The target checks what it reads and says what its content must be; what was written is read back and held
 against that.
 A file is written under a `.partial` name, hashed, made durable and renamed: what has the final name is right.
@@ -11,6 +13,7 @@ import contextlib
 import errno
 import os
 import secrets
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,10 +61,11 @@ async def restore(
         if device:
             await _check_fits(wanted.size_bytes, to)
         content = await target.extract(snapshot, disk, to=written, image_format=image_format)
-        digest = await tools.sha256(written, image_format, size_bytes=wanted.size_bytes if device else None)
-        if digest != content:
+        most_bytes = wanted.size_bytes if device else sys.maxsize
+        digest = await tools.read_back(written, image_format, content.update, size_bytes=most_bytes)
+        if problem := content.problem():
             raise TargetError(
-                f"disk {disk} of {snapshot.id} was restored wrong: SHA-256 {digest} instead of {content}",
+                f"disk {disk} of {snapshot.id} was restored wrong: {problem}",
                 hint="its image on the target is damaged, or what was written to: restore another snapshot,"
                 " or to another disk",
                 code="content-wrong",

@@ -245,13 +245,13 @@ async def test_an_existing_file_is_left_alone(target: ImagesTarget, snapshot: Sn
 async def test_a_file_that_appears_meanwhile_is_left_alone(
     target: ImagesTarget, snapshot: Snapshot, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = tools.sha256
+    real = tools.read_back
 
     async def hashed(*arguments: Any, **more: Any) -> str:
         (out / "vda.raw").write_text("precious")
         return await real(*arguments, **more)
 
-    monkeypatch.setattr(tools, "sha256", hashed)
+    monkeypatch.setattr(tools, "read_back", hashed)
     with pytest.raises(TargetError, match="File exists") as refused:
         await restore(target, snapshot, "vda", to=out / "vda.raw", image_format="raw")
     assert refused.value.code == "restore-path"
@@ -279,7 +279,7 @@ async def test_an_image_that_is_gone_leaves_nothing(target: ImagesTarget, snapsh
     assert names(out) == []
 
 
-@pytest.mark.parametrize("step", ["convert", "sha256"])
+@pytest.mark.parametrize("step", ["convert", "read_back"])
 async def test_cancellation_leaves_no_file(
     target: ImagesTarget, snapshot: Snapshot, out: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

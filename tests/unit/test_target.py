@@ -33,8 +33,8 @@ from structlog.testing import capture_logs
 from orchestrator import aio
 from orchestrator.errors import TargetError
 from orchestrator.model import Compression, Disk
-from orchestrator.target.base import Draft, Sink, Snapshot, Target, find
-from orchestrator.target.images import chain as chain_module
+from orchestrator.qemu import reading
+from orchestrator.target.base import Content, Draft, FileSink, ParentUnusable, Snapshot, Target, find
 from orchestrator.target.images import manifest, removal
 from orchestrator.target.images import target as images_module
 from orchestrator.target.images.target import ImagesTarget
@@ -57,7 +57,7 @@ def content(size_bytes: int, seed: int = 1) -> bytes:
     return made + bytes(size_bytes - len(made))
 
 
-async def write(sink: Sink, size_bytes: int, data: bytes) -> None:
+async def write(sink: FileSink, size_bytes: int, data: bytes) -> None:
     """Play QEMU's part: put a disk's content into a sink."""
     # qemu-img makes images of whole sectors only, and cuts none: the sizes are multiples of 512.
     assert len(data) == size_bytes
@@ -81,7 +81,7 @@ def _in_memory(data: bytes) -> int:
     return descriptor
 
 
-async def write_changes(sink: Sink, changes: dict[int, bytes]) -> None:
+async def write_changes(sink: FileSink, changes: dict[int, bytes]) -> None:
     """Play QEMU's part in an incremental backup: write what changed, by cluster, without opening the parent."""
     writes = []
     for cluster, data in changes.items():
@@ -226,7 +226,34 @@ async def test_a_chain_gives_back_each_of_its_points_whole(target: Target, tmp_p
         out = tmp_path / f"{number}.raw"
         expected = await target.extract(point, "vda", to=out, image_format="raw")
         assert out.read_bytes() == data
-        assert expected == hashlib.sha256(data).hexdigest()
+        assert problem(expected, data) == ""
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lambda data: data[:-1],
+        lambda data: data + b"\0",
+        lambda _data: b"",
+        lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+        lambda data: bytes([data[0] ^ 1]) + data[1:],
+    ],
+    ids=["short", "long", "empty", "last bit", "first bit"],
+)
+async def test_content_that_is_not_right_is_told(
+    target: Target, tmp_path: Path, damaged: Callable[[bytes], bytes]
+) -> None:
+    for point, data in await changed_chain(target, 3 * MIB, [{0: b"\1" * CLUSTER}]):
+        out = tmp_path / point.kind
+        expected = await target.extract(point, "vda", to=out, image_format="raw")
+        assert problem(expected, damaged(data)) != ""
+
+
+def problem(expected: Content, data: bytes) -> str:
+    """What is wrong with a disk that holds `data`."""
+    for at in range(0, len(data), 1000_003):
+        expected.update(memoryview(data)[at : at + 1000_003])
+    return expected.problem()
 
 
 async def test_the_hash_is_of_the_content_or_of_the_image_that_builds_on_another(
@@ -255,7 +282,7 @@ async def test_cancelled_a_long_hash_ends_soon(tmp_path: Path) -> None:
     path = tmp_path / "large"
     with path.open("wb") as file:
         file.truncate(1 << 40)
-    hashing = asyncio.create_task(chain_module.file_sha256(path))
+    hashing = asyncio.create_task(reading.file_sha256(path))
     await asyncio.sleep(0.1)
     assert not hashing.done()
     hashing.cancel()
@@ -393,7 +420,7 @@ async def test_what_is_gone_cannot_be_built_on(target: Target, root: Path) -> No
     await target.remove(gone)
     draft = await target.begin("web01", STARTED)
     error = await refused(draft.add_disk(disk(), compressible=True, parent=gone.id))
-    assert error.code == "no-snapshot"
+    assert (type(error), error.code) == (ParentUnusable, "parent-unusable")
     assert gone.id in error.message
     await draft.abort()
     assert seen(root) == set()
@@ -448,9 +475,9 @@ async def test_what_is_done_to_one_snapshot_at_the_same_time_has_one_outcome(tar
             assert {*outcomes} <= {"protected", "needed"}
         else:
             assert outcomes == []
-            for outcome in (protected, built):
+            for outcome, code in ((protected, "no-snapshot"), (built, "parent-unusable")):
                 assert isinstance(outcome, TargetError)
-                assert outcome.code == "no-snapshot"
+                assert outcome.code == code
         await draft.abort()
         if outcomes:
             await target.remove(await target.protect(made, protected=False))

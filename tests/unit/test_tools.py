@@ -57,18 +57,20 @@ async def test_what_a_tool_says_is_passed_on(tmp_path: Path) -> None:
         await tools.virtual_size(raw, "qcow2")
     with pytest.raises(ToolError, match=r"cannot read back .*not in qcow2 format"):
         await tools.sha256(raw, "qcow2")
+    with pytest.raises(ToolError, match=r"cannot read back .*absent: No such file"):
+        await tools.sha256(tmp_path / "absent", "raw")
     with pytest.raises(ToolError, match=r"qemu-img convert failed: .*No such file"):
         await tools.convert(tmp_path / "absent", "raw", tmp_path / "b", "raw", into_existing=False)
 
 
 async def test_a_tool_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    raw = image(tmp_path / "a.raw")
-    await tools.virtual_size(raw, "raw")  # a loop opens descriptors of its own for its first child
+    made = await qcow2(tmp_path / "a.qcow2", 512)
+    await tools.virtual_size(made, "qcow2")  # a loop opens descriptors of its own for its first child
     before = open_descriptors()
     monkeypatch.setenv("PATH", str(tmp_path))
     for program, use in (("qemu-img", tools.virtual_size), ("nbdcopy", tools.sha256)):
         with pytest.raises(ToolError, match=f"{program} is not installed") as missing:
-            await use(raw, "raw")
+            await use(made, "qcow2")
         assert missing.value.code == "tool-missing"
         assert "apt-get install" in missing.value.hint
     async with asyncio.timeout(5):  # uvloop closes its pipes a little later
@@ -83,7 +85,7 @@ async def test_cancelling_a_hash_ends_the_server_too(tmp_path: Path, monkeypatch
     program.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {pid_file}.new\nmv {pid_file}.new {pid_file}\nwait\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    task = asyncio.create_task(tools.sha256(image(tmp_path / "a.raw"), "raw"))
+    task = asyncio.create_task(tools.sha256(image(tmp_path / "a.qcow2"), "qcow2"))
     async with asyncio.timeout(10):
         while not pid_file.exists():
             await asyncio.sleep(0.01)

@@ -10,8 +10,8 @@ import asyncio
 import contextlib
 import fcntl
 import hashlib
-import io
 import os
+import random
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,10 @@ from typing import Any
 
 from orchestrator import aio
 from orchestrator.errors import TargetError, ToolError
-from orchestrator.qemu import tools
-from orchestrator.target.base import Snapshot, SnapshotDisk
+from orchestrator.qemu import reading, tools
+from orchestrator.target.base import Content, Snapshot, SnapshotDisk, Verification, gone
 from orchestrator.target.images import locks, manifest, qcow2
-from orchestrator.target.images.errors import explained, gone
+from orchestrator.target.images.errors import explained
 
 _ANOTHER_ONE = "restore one that does not build on it, or one of another target"
 
@@ -34,6 +34,21 @@ class Link:
     snapshot: str
     image: Path
     disk: SnapshotDisk
+
+
+class HashedContent(Content):
+    """What a disk must hold, by the SHA-256 of it all, in hex."""
+
+    def __init__(self, sha256: str) -> None:
+        self._sha256 = sha256
+        self._digest = hashlib.sha256()
+
+    def update(self, data: bytes | memoryview) -> None:
+        self._digest.update(data)
+
+    def problem(self) -> str:
+        digest = self._digest.hexdigest()
+        return "" if digest == self._sha256 else f"SHA-256 {digest} instead of {self._sha256}"
 
 
 class Held:
@@ -126,17 +141,17 @@ async def held(vm_folder: Path, snapshot: str, disks: Iterable[str], *, target: 
         await found.let_go()
 
 
-async def read(links: Sequence[Link], reading: Coroutine[Any, Any, None]) -> str:
+async def read(links: Sequence[Link], work: Coroutine[Any, Any, None]) -> str:
     """Await what reads the content, check what it is read from, and return the content's SHA-256 in hex.
 
     An image that stands alone is not checked by itself: its hash is known, and what was read is held against it.
-    Raises what `reading` does, and as `check` does; that comes first, since it is the reason of the other.
+    Raises what `work` does, and as `check` does; that comes first, since it is the reason of the other.
     """
     if len(links) == 1:
-        await reading
-        return links[0].disk.sha256
+        await work
+        return str(links[0].disk.sha256)
     failure, digest, _ = await aio.all_or_first_error(
-        (_failure(reading), _content(links[0]), check(links)),
+        (_failure(work), _content(links[0]), check(links)),
     )
     for outcome in (failure, digest):
         if isinstance(outcome, ToolError):
@@ -144,34 +159,23 @@ async def read(links: Sequence[Link], reading: Coroutine[Any, Any, None]) -> str
     return str(digest)
 
 
+async def verify(links: Sequence[Link], *, share: float) -> Verification:
+    """Check each image, or a share of them (0 to 1) chosen at random, one at least. Bytes are what they occupy."""
+    chosen = random.SystemRandom().sample(links, max(1, round(share * len(links))))
+    problems = []
+    for link in chosen:
+        try:
+            await (_check_base(link) if link.disk.parent is None else _check_increments([link]))
+        except TargetError as error:
+            problems.append(error.message)
+    checked_bytes, total_bytes = (sum(link.disk.stored_bytes for link in some) for some in (chosen, links))
+    return Verification(checked_bytes, total_bytes, tuple(problems))
+
+
 async def check(links: Sequence[Link]) -> None:
     """Raise TargetError "content-wrong" that names an image of the chain that is not as it was made."""
     *increments, base = links
     await aio.all_or_first_error((_check_base(base), _check_increments(increments)))
-
-
-async def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file as it is, in hex, as sha256sum prints it. Raises OSError."""
-    with await asyncio.to_thread(_Stoppable, path) as file:
-        return await aio.in_thread(_digest, file, end=file.stop)
-
-
-class _Stoppable(io.FileIO):
-    """A file that can be made to end wherever it is read."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._stopped = False
-
-    def stop(self) -> None:
-        self._stopped = True
-
-    def readinto(self, buffer: Any) -> int | None:
-        return 0 if self._stopped else super().readinto(buffer)
-
-
-def _digest(file: _Stoppable) -> str:
-    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # all it needs is readinto()
 
 
 async def _failure(work: Coroutine[Any, Any, None]) -> ToolError | None:
@@ -201,7 +205,7 @@ async def _check_base(link: Link) -> None:
 async def _check_increments(links: Sequence[Link]) -> None:
     for link in links:
         try:
-            _compare(link, await file_sha256(link.image))
+            _compare(link, await reading.file_sha256(link.image))
             backing = await asyncio.to_thread(qcow2.backing_name, link.image)
         except OSError as error:
             raise _damaged(link, f"it cannot be read: {error.strerror}") from error

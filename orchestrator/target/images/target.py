@@ -9,9 +9,10 @@ import asyncio
 import contextlib
 import fcntl
 import os
-import re
 import shutil
 import tempfile
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,16 +23,25 @@ import structlog
 from orchestrator import aio
 from orchestrator.errors import TargetError, ToolError
 from orchestrator.model import Compression, Disk
-from orchestrator.qemu import commands, tools
+from orchestrator.qemu import commands, reading, serving, tools
 from orchestrator.target import durable
-from orchestrator.target.base import Draft, FileSink, ParentUnusable, Snapshot, SnapshotDisk, Target
+from orchestrator.target.base import (
+    STAMP,
+    Draft,
+    FileSink,
+    ParentUnusable,
+    Snapshot,
+    SnapshotDisk,
+    Target,
+    Verification,
+    check_disk_name,
+    gone,
+    protected_error,
+)
 from orchestrator.target.images import chain, locks, manifest, merging, removal
-from orchestrator.target.images.errors import explained, gone, unwritten
+from orchestrator.target.images.errors import explained, unwritten
 
 log = structlog.get_logger(__name__)
-
-STAMP = "%Y%m%dT%H%M%SZ"
-DISK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
 class ImagesTarget(Target):
@@ -117,12 +127,40 @@ class ImagesTarget(Target):
                     log.warning("snapshot.unreadable", target=self.name, error=str(error))
         return found
 
-    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> str:
+    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> chain.HashedContent:
         into_existing = await asyncio.to_thread(to.is_block_device)
-        async with chain.held(self.path / snapshot.vm, snapshot.id, [disk], target=self.name) as held:
+        async with self._held(snapshot, [disk]) as held:
             links = held.links[disk]
-            reading = tools.convert(links[0].image, "qcow2", to, image_format, into_existing=into_existing)
-            return await chain.read(links, reading)
+            writing = tools.convert(links[0].image, "qcow2", to, image_format, into_existing=into_existing)
+            return chain.HashedContent(await chain.read(links, writing))
+
+    @contextlib.asynccontextmanager
+    async def exported(
+        self, snapshot: Snapshot, disks: Sequence[str], folder: Path
+    ) -> AsyncIterator[Mapping[str, str]]:
+        async with contextlib.AsyncExitStack() as stack:
+            held = await stack.enter_async_context(self._held(snapshot, disks))
+            uris = {}
+            for number, disk in enumerate(disks):
+                server = serving.served(held.links[disk][0].image, at=folder / f"{number}.sock", export=disk)
+                uris[disk] = await stack.enter_async_context(server)
+            yield uris
+
+    async def verify(self, snapshot: Snapshot, *, share: float) -> Verification:
+        try:
+            async with self._held(snapshot, [disk.disk for disk in snapshot.disks]) as held:
+                links = [link for links in held.links.values() for link in links]
+                return await chain.verify(links, share=share)
+        except TargetError as error:
+            if error.code != "content-wrong":
+                raise
+            return Verification(0, snapshot.stored_bytes, (error.message,))
+
+    def _held(self, snapshot: Snapshot, disks: Sequence[str]) -> AbstractAsyncContextManager[chain.Held]:
+        return chain.held(self.path / snapshot.vm, snapshot.id, disks, target=self.name)
+
+    async def look_up(self, wanted: str) -> Snapshot | None:  # noqa: ARG002  all there is has been listed
+        return None
 
     async def merge(self, snapshot: Snapshot) -> None:
         with explained(self.name, self.path / snapshot.id):
@@ -138,11 +176,7 @@ class ImagesTarget(Target):
         if stays is None:
             return
         if stays.protected:
-            raise TargetError(
-                f"snapshot {snapshot.id} is protected",
-                hint=f"to remove it all the same: vmfleece snapshot protect {snapshot.id} --off",
-                code="protected",
-            )
+            raise protected_error(snapshot)
         if not stays.needed_by:
             raise TargetError(
                 f"snapshot {snapshot.id} is needed by a backup, a restore or a merge of {snapshot.vm}"
@@ -199,12 +233,7 @@ class ImagesDraft(Draft):
         self._committed: Snapshot | None = None
 
     async def add_disk(self, disk: Disk, *, compressible: bool, parent: str | None = None) -> FileSink:
-        if not DISK_NAME.fullmatch(disk.id):
-            raise TargetError(
-                f"disk {disk.id!r} cannot be a file's name",
-                hint="give the device an id of letters, digits, '_', '.' and '-'",
-                code="disk-name",
-            )
+        check_disk_name(disk)
         compress = compressible and self._compression is Compression.ZSTD
         if parent is not None:
             # Finished in any case: a lock that is had after all must be known to `abort`.
@@ -251,7 +280,7 @@ class ImagesDraft(Draft):
             digest = await tools.sha256(path, "qcow2")
         else:  # its content is the whole chain's: reading that would take as long as a full backup
             with explained(self._target, path):
-                digest = await chain.file_sha256(path)
+                digest = await reading.file_sha256(path)
         self._sealed[disk.id] = SnapshotDisk(disk.id, disk.size_bytes, digest, stored_bytes, parent)
         return self._sealed[disk.id]
 
