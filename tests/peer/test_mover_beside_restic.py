@@ -15,10 +15,11 @@ import pytest
 
 from orchestrator.aio import run_process
 from orchestrator.errors import TargetError
-from orchestrator.target.mover.assembly import CHUNK_BYTES
+from orchestrator.target.base import ParentUnusable
 from orchestrator.target.mover.session import Session
 from orchestrator.target.restic.backend.directory import DirectoryBackend
 from orchestrator.target.restic.crypto import Cost
+from orchestrator.target.restic.pack import CHUNK_BYTES
 from orchestrator.target.restic.repository import Repository
 from orchestrator.target.restic.snapshot import ResticSnapshot
 from orchestrator.target.restic.tree import FileContent
@@ -94,7 +95,7 @@ async def test_a_full_copy_and_one_that_lies_over_it(root: Path, tmp_path: Path)
     assert first.identity is not None
 
     async with Session.opened(DirectoryBackend(root), PASSWORD) as session:
-        parent = (await session.files(first.identity))["vda.raw"]
+        parent = await session.parent_of("vda", first.identity)
         changes = [(MIB, 64 * 1024), (CHUNK_BYTES - 4096, 8192), (3 * CHUNK_BYTES, CHUNK_BYTES), (SIZE - 512, 512)]
         argv = ["qemu-io", "-f", "raw"]
         for number, (offset, length) in enumerate(changes):
@@ -103,10 +104,11 @@ async def test_a_full_copy_and_one_that_lies_over_it(root: Path, tmp_path: Path)
         content[2 * MIB : 2 * MIB + 65536] = bytes(65536)
         async with qemu(session, tmp_path, SIZE, parent) as uri:
             await tool(*argv, "-c", f"write -q -z {2 * MIB} 65536", uri)
-        await session.seal("vda")
+        sealed = await session.seal("vda")
         second = await session.commit(snapshot_of("web01"), b'{"disks": []}')
     assert second.identity is not None
     assert second.summary["data_blobs"] <= 5  # chunks 0, 1, 3 and the last one, and vm.json
+    assert 7 * MIB < sealed.stored_bytes < second.summary["data_added_packed"] < 2 * CHUNK_BYTES  # 0 and 1
 
     restic(root, "check", "--read-data")
     listed = json.loads(restic(root, "snapshots", "--json", "--host", "web01"))
@@ -146,12 +148,15 @@ async def test_what_restic_wrote_is_not_built_on(root: Path, tmp_path: Path) -> 
             listing = await repository.snapshots()
             assert listing.snapshots[0].identity == bytes.fromhex(listed["id"])
             chunks = [b"\0" * 32] * 6
-            with pytest.raises(TargetError, match="--full"):
+            with pytest.raises(ParentUnusable, match="not written by vmfleece"):
                 session.add("vda", SIZE, ours, parent=FileContent(SIZE, chunks))
     assert ours.fileno() == -1
 
 
-async def test_a_snapshot_that_is_gone_is_named(root: Path) -> None:
+async def test_a_parent_that_is_gone_or_lacks_the_disk_is_named(root: Path, tmp_path: Path) -> None:
+    first = await full(root, tmp_path, noise(512, 5))
     async with Session.opened(DirectoryBackend(root), PASSWORD) as session:
-        with pytest.raises(TargetError, match="no snapshot abababab"):
-            await session.files(b"\xab" * 32)
+        with pytest.raises(ParentUnusable, match="no snapshot abababab"):
+            await session.parent_of("vda", b"\xab" * 32)
+        with pytest.raises(ParentUnusable, match="has no disk vdb"):
+            await session.parent_of("vdb", first.identity)

@@ -42,6 +42,7 @@ ENVIRONMENT = os.environ | {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY":
 LOCKED_EXIT = {"0.14": 1, "0.18": 11}
 PASSWORD = "correct horse"
 NOON = datetime(2026, 11, 22, 12, 0, 0, 123456, UTC)
+NOTE = {"run": "1", "disks": {"vda": {"kind": "full"}}}
 CHEAP = Cost(16384, 8, 1)
 """What restic itself takes at least."""
 
@@ -135,7 +136,9 @@ async def write(
         when, when, len(files), 0, new.data_blobs, new.tree_blobs, new.added_bytes, new.added_packed_bytes,
         len(files), sum(map(len, disks.values())),
     )  # fmt: skip
-    made = ResticSnapshot(when, tree, "web01", ("/web01",), ("run-1",), summary=summary.document(), **more)
+    made = ResticSnapshot(
+        when, tree, "web01", ("/web01",), ("run-1",), summary=summary.document(), note=NOTE, **more
+    )
     return await writer.commit(made)
 
 
@@ -197,7 +200,7 @@ async def test_incrementals_and_what_prune_leaves(restic: Restic, repository: Re
     restic.run("forget", "--keep-last", "1", "--prune", "--max-unused", "0")
     restic.check()
     opened = await reopened(restic)
-    assert [one.identity for one in (await opened.snapshots()).snapshots] == [made.identity]
+    assert [(one.identity, one.note) for one in (await opened.snapshots()).snapshots] == [(made.identity, NOTE)]
     assert await content_of(opened, made) == second
     third = await backup(opened, {"vda": bytes(first)}, 2)
     restic.check()
@@ -233,7 +236,7 @@ async def test_a_copy_is_read(restic: Restic, repository: Repository, tmp_path: 
     copy.check()
     opened = await reopened(copy)
     (made,) = (await opened.snapshots()).snapshots
-    assert (made.hostname, made.tags, made.paths) == ("web01", ("run-1",), ("/web01",))
+    assert (made.hostname, made.tags, made.paths, made.note) == ("web01", ("run-1",), ("/web01",), {})
     assert await content_of(opened, made) == disk(1)
 
 
@@ -242,7 +245,8 @@ async def test_tags_that_restic_changes(restic: Restic, repository: Repository) 
     restic.run("tag", "--add", "keep", "latest")
     (tagged,) = (await repository.snapshots()).snapshots
     assert tagged.identity != made.identity
-    assert (tagged.original, set(tagged.tags)) == (made.identity, {"run-1", "keep"})
+    assert (tagged.original, set(tagged.tags), tagged.note) == (made.identity, {"run-1", "keep"}, {})
+    restic.check()
     assert await content_of(await reopened(restic), tagged) == disk(1, MIB)
 
 

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.target.mover.assembly import CHUNK_BYTES, Assembly, Overlay, Whole
+from orchestrator.target.mover.assembly import Assembly, Overlay, Whole
+from orchestrator.target.restic.pack import CHUNK_BYTES
 
 CHUNK = 8
 SIZES = st.integers(1, 5 * CHUNK)
@@ -74,6 +75,16 @@ def test_a_chunk_is_held_until_it_is_whole() -> None:
     assert [one.number for one in assembly.zero(MIB, 3 * MIB)] == [0]
     assert list(assembly.zero(CHUNK_BYTES, CHUNK_BYTES)) == [Whole(1, None)]
     assert assembly.parts == ()
+
+
+def test_what_is_put_back_lies_below_what_came_meanwhile() -> None:
+    assembly = Assembly(CHUNK, CHUNK)
+    (whole,) = [*assembly.write(0, memoryview(b"aaaa")), *assembly.write(4, memoryview(b"bbbb"))]
+    assert isinstance(whole.content, bytearray)
+    assert list(assembly.write(2, memoryview(b"new"))) == []
+    assembly.put_back(0, Overlay(whole.content, [(0, CHUNK)]))
+    (again,) = assembly.write(7, memoryview(b"!"))
+    assert again.content == b"aanewbb!"
 
 
 @pytest.mark.parametrize(

@@ -560,6 +560,7 @@ def test_what_restic_writes_of_folders_and_links_is_read() -> None:
         parent=st.none() | ids,
         original=st.none() | ids,
         program_version=st.text(),
+        note=st.dictionaries(st.text(), st.none() | st.integers() | st.lists(st.text())),
     )
 )
 def test_a_snapshot_is_read_as_it_was_written(made: ResticSnapshot) -> None:
@@ -572,6 +573,13 @@ def test_a_summary_is_read_as_it_was_written() -> None:
     summary = snapshot.Summary(NOON, NOON, 2, 0, 5, 1, 100, 50, 2, 1000).document()
     stored = snapshot.seal(ResticSnapshot(NOON, bytes(32), "web01", ("/web01",), summary=summary), KEY)
     assert snapshot.open_sealed(stored, KEY, identity=sha256(stored), file="x").summary == summary
+
+
+@pytest.mark.parametrize("note", [None, 7, "text", [1]])
+def test_a_note_that_is_none_is_empty(note: Any) -> None:
+    document = {"time": "2026-11-22T12:00:00Z", "tree": "ab" * 32, "paths": ["/web01"], "vmfleece": note}
+    stored = envelope.seal(KEY, document)
+    assert snapshot.open_sealed(stored, KEY, identity=sha256(stored), file="x").note == {}
 
 
 OURS = LockFile(NOON, False, "host1", "root", 4711)

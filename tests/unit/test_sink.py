@@ -1,6 +1,7 @@
 """What a sink's chunks hold is what was written to it, however the writes came, and however slow the store is."""
 
 import asyncio
+import errno
 import hashlib
 import random
 from collections.abc import Sequence
@@ -14,8 +15,8 @@ from hypothesis import strategies as st
 from orchestrator.aio import run_process
 from orchestrator.nbd.server import NbdServer
 from orchestrator.target.mover import assembly, sink
-from orchestrator.target.mover.assembly import CHUNK_BYTES
 from orchestrator.target.mover.sink import BufferPool, DiskSink, IncompleteError
+from orchestrator.target.restic.pack import CHUNK_BYTES
 
 MIB = 1 << 20
 CHUNK = 16
@@ -29,9 +30,13 @@ class Memory:
         self.puts = 0
         self.under_way = 0
         self.most = 0
+        self.full = False
         self._slowness = slowness
 
-    async def put(self, content: bytes | bytearray | memoryview) -> bytes:
+    def check(self) -> None:
+        pass
+
+    async def put(self, content: bytes | bytearray | memoryview) -> tuple[bytes, int]:
         self.puts += 1
         self.under_way += 1
         self.most = max(self.most, self.under_way)
@@ -40,9 +45,12 @@ class Memory:
             await asyncio.sleep(0)
         assert bytes(content) == kept, "the buffer was used for something else meanwhile"
         self.under_way -= 1
+        if self.full:
+            raise OSError(errno.ENOSPC, "full")
         chunk = hashlib.sha256(kept).digest()
+        new = chunk not in self.chunks
         self.chunks[chunk] = kept
-        return chunk
+        return chunk, new * (len(kept) + 1)
 
     async def get(self, chunk: bytes) -> bytes:
         await asyncio.sleep(0)
@@ -69,7 +77,7 @@ def noise(size: int) -> bytes:
 
 
 async def parent_of(store: Memory, content: bytes) -> list[bytes]:
-    return [await store.put(content[at : at + CHUNK]) for at in range(0, len(content), CHUNK)]
+    return [(await store.put(content[at : at + CHUNK]))[0] for at in range(0, len(content), CHUNK)]
 
 
 async def write(disk: DiskSink, offset: int, data: bytes) -> None:
@@ -168,6 +176,58 @@ async def test_zeroes_are_kept_once() -> None:
     disk = DiskSink(6 * CHUNK + 5, store, BufferPool(2))
     await disk.write_zeroes(0, 6 * CHUNK + 5, may_be_hole=True)
     assert len(set(await disk.finish())) == store.puts == 2
+    assert disk.stored_bytes == CHUNK + 1 + 5 + 1
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("incremental", [False, True])
+@pytest.mark.parametrize("piece", [4, CHUNK])
+async def test_what_failed_is_repeated_alone_and_nothing_is_lost(incremental: bool, piece: int) -> None:
+    """As QEMU does once a full target has space again: what was answered without an error never comes again."""
+    store, content = Memory((0, 2)), noise(12 * CHUNK)
+    parent = await parent_of(store, b"P" * len(content)) if incremental else None
+    disk = DiskSink(len(content), store, BufferPool(4), parent=parent)
+    waiting = [(at, content[at : at + piece]) for at in range(0, len(content), piece)]
+    random.Random(piece).shuffle(waiting)  # noqa: S311
+    for number in range(1000):
+        store.full = number % 3 != 2
+        offset, data = waiting.pop(0)
+        try:
+            await write(disk, offset, data)
+        except OSError:
+            waiting.append((offset, data))
+        if not waiting:
+            break
+    store.full = False
+    assert store.content(await disk.finish()) == content
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("incremental", [False, True])
+async def test_what_failed_and_was_not_repeated_is_missing(incremental: bool) -> None:
+    store = Memory()
+    parent = await parent_of(store, b"P" * 3 * CHUNK) if incremental else None
+    disk = DiskSink(3 * CHUNK, store, BufferPool(2), parent=parent)
+    await write(disk, 0, b"x" * CHUNK)
+    store.full = True
+    for attempt in (write(disk, CHUNK, b"y" * CHUNK), disk.write_zeroes(CHUNK, 2 * CHUNK, may_be_hole=True)):
+        with pytest.raises(OSError, match="full"):
+            await attempt
+    store.full = False
+    with pytest.raises(IncompleteError, match="2 of 3"):
+        await disk.finish()
+
+
+@pytest.mark.usefixtures("small")
+async def test_a_store_that_is_of_no_use_any_more_refuses_writes_that_it_need_not_see() -> None:
+    class Lost(Memory):
+        def check(self) -> None:
+            raise PermissionError("lost")
+
+    disk = DiskSink(3 * CHUNK, Lost(), BufferPool(2))
+    for attempt in (write(disk, 0, b"x"), disk.write_zeroes(0, 1, may_be_hole=True)):
+        with pytest.raises(PermissionError, match="lost"):
+            await attempt
 
 
 async def test_qemus_tools_write_to_it(tmp_path: Path) -> None:

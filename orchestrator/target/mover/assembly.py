@@ -8,7 +8,8 @@ content, zeroes in a full copy, or what it was made of earlier in the same run.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-CHUNK_BYTES = 4 << 20
+from orchestrator.target.restic.pack import CHUNK_BYTES
+
 Range = tuple[int, int]
 """Start and end in bytes."""
 
@@ -20,7 +21,7 @@ class Overlay:
     content: bytearray
     written: list[Range] = field(default_factory=list)
 
-    def add(self, start: int, data: bytes | memoryview) -> None:
+    def add(self, start: int, data: bytes | bytearray | memoryview) -> None:
         """Put data over a part of it."""
         self.content[start : start + len(data)] = data
         self._note(start, start + len(data))
@@ -54,7 +55,10 @@ class Overlay:
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """A chunk that is whole: its number, and its content; None: nothing but zeroes."""
+    """A chunk that is whole: its number, and its content; None: nothing but zeroes.
+
+    A bytearray was held here, a memoryview is a part of the request.
+    """
 
     number: int
     content: bytearray | memoryview | None
@@ -114,6 +118,14 @@ class Assembly:
     def take(self, number: int) -> Overlay:
         """What was written of such a chunk, to be put over what it held before. It is not held any more."""
         return self._overlays.pop(number)
+
+    def put_back(self, number: int, overlay: Overlay) -> None:
+        """Hold again what could not be kept, below what was written since."""
+        if number in self._overlays:
+            since = self._overlays[number]
+            for start, end in since.written:
+                overlay.add(start, since.content[start:end])
+        self._overlays[number] = overlay
 
     def _overlay(self, number: int) -> Overlay:
         if number not in self._overlays:

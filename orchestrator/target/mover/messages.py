@@ -12,11 +12,37 @@ A request that comes with a descriptor says so ("descriptor": true); they are pa
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.errors import TargetError, VmfleeceError
+from orchestrator.target.base import ParentUnusable
+from orchestrator.target.restic import errors
 
 Message = dict[str, Any]
+_KINDS = {
+    kind.__name__: kind
+    for kind in (
+        ParentUnusable,
+        errors.Damaged,
+        errors.WrongPassword,
+        errors.NoRepository,
+        errors.RepositoryLocked,
+        errors.LockLost,
+        errors.BackendError,
+        errors.FileMissing,
+        errors.FileExists,
+        errors.Unreachable,
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A disk whose content is whole: its size, and what the repository took for what was new of it."""
+
+    size_bytes: int
+    stored_bytes: int
 
 
 def encode(message: Message) -> bytes:
@@ -45,19 +71,9 @@ def of_error(error: Exception) -> Message:
     return {"kind": "", "code": "bug", "message": f"{type(error).__name__}: {error}", "hint": ""}
 
 
-def to_error(message: Message) -> VmfleeceError:
+def to_error(message: Message) -> TargetError:
     """The error that a message tells of: of the same class, so that it is retried and exits as it would here."""
-    kind = _kinds().get(message["kind"], TargetError)
+    kind = _KINDS.get(message["kind"], TargetError)
     error = kind.__new__(kind)
-    VmfleeceError.__init__(error, message["message"], hint=message["hint"], code=message["code"])
+    TargetError.__init__(error, message["message"], hint=message["hint"], code=message["code"])
     return error
-
-
-def _kinds() -> dict[str, type[VmfleeceError]]:
-    found: dict[str, type[VmfleeceError]] = {}
-    waiting: list[type[VmfleeceError]] = [VmfleeceError]
-    while waiting:
-        kind = waiting.pop()
-        found[kind.__name__] = kind
-        waiting += kind.__subclasses__()
-    return found

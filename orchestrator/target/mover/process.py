@@ -3,10 +3,11 @@
     async with Mover.started(place, password) as mover:
         await mover.add("vda", size_bytes, theirs, parent=…)   `theirs`: the other end of QEMU's socket
         await mover.seal("vda")
-        snapshot, summary = await mover.commit(…)
+        snapshot = await mover.commit(…)
 
 The password goes over the socket that only the two have. When the block ends, so does the process, and nothing is
-listed unless `commit` returned. Errors are those that the repository raises, and "mover-died" (TargetError).
+listed unless `commit` returned. Errors are those that the repository raises, ParentUnusable, and "mover-died"
+(TargetError).
 """
 
 import asyncio
@@ -17,16 +18,16 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from orchestrator import aio
 from orchestrator.errors import TargetError
 from orchestrator.target.mover import messages
-from orchestrator.target.mover.messages import Lines, Message
+from orchestrator.target.mover.messages import Lines, Message, Sealed
 
 RECEIVE_BYTES = 64 * 1024
 END_SECONDS = 30.0
+TELL_SECONDS = 10.0
 LAST_WORDS = 2000
 
 
@@ -51,12 +52,16 @@ class Mover:
     @contextlib.asynccontextmanager
     async def started(
         cls,
-        place: Path,
+        place: str,
         password: str,
         *,
         on_progress: Callable[[Mapping[str, int]], None] = lambda _written: None,
     ) -> AsyncIterator["Mover"]:
-        """A process that has opened and locked the repository, for the block. Raises TargetError."""
+        """A process that has opened and locked the repository at `place`, for the block. Raises TargetError.
+
+        `place`: an absolute path or an S3 URL, see `place.backend_at`. `on_progress` gets, each second, how many
+        bytes QEMU has written of each disk.
+        """
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         with ours:
@@ -75,30 +80,68 @@ class Mover:
             mover = cls(process, ours, on_progress)
             try:
                 async with aio.background(mover._listen()):
-                    await mover._ask("open", place=str(place), password=password)
+                    await mover._ask("open", place=place, password=password)
                     yield mover
             finally:
                 ours.close()  # that ends it
                 await aio.finish(_end_in_order(process))
 
-    async def add(self, disk: str, size_bytes: int, connected: socket.socket, *, parent: str = "") -> None:
-        """Have it serve a disk to QEMU at the other end of `connected`, which is taken over; see `Session.add`."""
-        with connected:
-            await self._ask("add", connected.fileno(), disk=disk, size_bytes=size_bytes, parent=parent)
+    async def add(
+        self, disk: str, size_bytes: int, connected: socket.socket, *, parent: bytes | None = None
+    ) -> None:
+        """Have it serve a disk to QEMU at the other end of `connected`, which is taken over.
 
-    async def seal(self, disk: str) -> int:
-        """Wait until QEMU has left the disk and its content is whole; returns its size in bytes."""
-        return int((await self._ask("seal", disk=disk))["size_bytes"])
+        With a `parent`, the id of a snapshot, the disk is as it is there but for what is written. Raises
+        ParentUnusable if that cannot be.
+        """
+        with connected:
+            await self._ask("add", connected.fileno(), disk=disk, size_bytes=size_bytes, parent=_hex(parent))
+
+    async def seal(self, disk: str) -> Sealed:
+        """Wait until QEMU has left the disk; raises TargetError unless its content is whole."""
+        return Sealed(**await self._ask("seal", disk=disk))
+
+    async def trouble(self, disk: str) -> TargetError | None:
+        """Why QEMU could not write to the disk's sink, if the worker knows or is gone; asks for 10 s at most."""
+        try:
+            async with asyncio.timeout(TELL_SECONDS):
+                told = await self._ask("trouble", disk=disk)
+        except TimeoutError:
+            return None
+        except TargetError as error:
+            return error
+        return None if told is None else messages.to_error(told)
 
     async def commit(
-        self, vm: str, time: datetime, vm_json: bytes, *, tags: Sequence[str], parent: str = ""
-    ) -> tuple[str, dict[str, Any]]:
-        """List a snapshot of all disks; returns its id and restic's summary of it."""
+        self,
+        vm: str,
+        time: datetime,
+        vm_json: bytes,
+        *,
+        tags: Sequence[str],
+        parent: bytes | None = None,
+        note: Mapping[str, Any],
+    ) -> bytes:
+        """List a snapshot of all disks that were sealed; returns its id. `note`: `ResticSnapshot`.
+
+        After Unreachable and "mover-died" it may be listed all the same.
+        """
         document = base64.b64encode(vm_json).decode()
-        done = await self._ask(
-            "commit", vm=vm, time=time.isoformat(), vm_json=document, tags=list(tags), parent=parent
+        committed = await self._ask(
+            "commit",
+            vm=vm,
+            time=time.isoformat(),
+            vm_json=document,
+            tags=list(tags),
+            parent=_hex(parent),
+            note=dict(note),
         )
-        return done["snapshot"], done["summary"]
+        return bytes.fromhex(committed)
+
+    def kill(self) -> None:
+        """End the process at once, whatever it does: QEMU's requests fail, and nothing more is listed."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
 
     async def _ask(self, what: str, descriptor: int | None = None, **details: Any) -> Any:
         if self._dead is not None:
@@ -119,8 +162,10 @@ class Mover:
             if descriptor is not None:  # it goes with the first byte; a blank is ignored before a message
                 socket.send_fds(self._control, [b" "], [descriptor])
             await loop.sock_sendall(self._control, data)
+        except ConnectionError:
+            return  # it is gone: `_listen` says why
         except OSError as error:
-            raise self._dead or TargetError(f"the mover cannot be asked: {error}", code="mover-died") from error
+            raise TargetError(f"the mover cannot be asked: {error}", code="mover-died") from error
 
     async def _listen(self) -> None:
         """Hand out answers until the worker is gone, and then what became of it."""
@@ -133,7 +178,7 @@ class Mover:
         code = await self._process.wait()
         said = stderr.decode(errors="replace").strip()[-LAST_WORDS:]
         self._dead = TargetError(
-            f"the process that writes to the repository ended by itself (exit code {code})"
+            f"the process that writes to the repository ended too early (exit code {code})"
             + (f": {said.splitlines()[-1]}" if said else ""),
             hint="was it killed, for want of memory say? Nothing of the run is listed; try again",
             code="mover-died",
@@ -153,6 +198,10 @@ class Mover:
             waiting.set_exception(messages.to_error(message["error"]))
         else:
             waiting.set_result(message["value"])
+
+
+def _hex(identity: bytes | None) -> str:
+    return identity.hex() if identity is not None else ""
 
 
 async def _end_in_order(process: asyncio.subprocess.Process) -> None:

@@ -2,14 +2,16 @@
 
     async with Session.opened(backend, password) as session:
         session.add("vda", size_bytes, connected)   QEMU, at the other end of the socket, writes the disk
-        chunks = await session.seal("vda")          once QEMU has closed it
+        sealed = await session.seal("vda")          once QEMU has closed it
         snapshot = await session.commit(…)          all of it is listed, or nothing is
 
-Whatever ends it before `commit`, nothing is listed, and what was written waits for `restic prune`.
+Whatever ends it before `commit`, nothing is listed, and what was written waits for `restic prune`. Once the lock
+is lost everything raises LockLost, and QEMU's writes fail.
 """
 
 import asyncio
 import contextlib
+import errno
 import socket
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +22,14 @@ from orchestrator import __version__, aio
 from orchestrator.errors import TargetError
 from orchestrator.nbd.connection import Trouble
 from orchestrator.nbd.server import NbdServer
-from orchestrator.target.mover.assembly import CHUNK_BYTES
+from orchestrator.target.base import ParentUnusable
+from orchestrator.target.mover.messages import Sealed
 from orchestrator.target.mover.sink import BufferPool, DiskSink, IncompleteError
 from orchestrator.target.mover.store import RepositoryStore
 from orchestrator.target.restic.backend.base import Backend
+from orchestrator.target.restic.errors import Damaged
+from orchestrator.target.restic.lock import Lock
+from orchestrator.target.restic.pack import CHUNK_BYTES
 from orchestrator.target.restic.repository import Repository
 from orchestrator.target.restic.snapshot import ResticSnapshot, Summary
 from orchestrator.target.restic.tree import FileContent
@@ -45,8 +51,9 @@ class _Disk:
 class Session:
     """See the module. `Session.opened` makes one."""
 
-    def __init__(self, repository: Repository, writer: Writer, store: RepositoryStore) -> None:
+    def __init__(self, repository: Repository, lock: Lock, writer: Writer, store: RepositoryStore) -> None:
         self._repository = repository
+        self._lock = lock
         self._writer = writer
         self._store = store
         self._pool = BufferPool(BUFFERS)
@@ -65,36 +72,41 @@ class Session:
             await repository.load_index()
             writer = repository.writer(held)
             with ThreadPoolExecutor(threads) as workers:
-                session = cls(repository, writer, RepositoryStore(repository, writer, workers))
+                store = RepositoryStore(repository, writer, held, workers)
+                session = cls(repository, held, writer, store)
                 try:
                     yield session
                 finally:
                     await aio.finish(session._cut_off())
 
-    async def files(self, snapshot: bytes) -> Mapping[str, FileContent]:
-        """The files of a snapshot whose chunks can be built on. Raises TargetError ("no-snapshot", damaged)."""
-        listing = await self._repository.snapshots()
-        for one in listing.snapshots:
-            if snapshot in (one.identity, one.original):
-                return await self._repository.files(one)
-        raise TargetError(f"there is no snapshot {snapshot.hex()[:8]} in the repository", code="no-snapshot")
+    async def parent_of(self, disk: str, snapshot: bytes | None) -> FileContent | None:
+        """What a disk is to be built on; None without a `snapshot`. Raises ParentUnusable, BackendError."""
+        if snapshot is None:
+            return None
+        found = (await self._repository.snapshots()).find(snapshot)
+        if found is None:
+            raise ParentUnusable(f"there is no snapshot {snapshot.hex()[:8]} in the repository any more")
+        try:
+            return (await self._repository.files(found))[f"{disk}.raw"]
+        except KeyError:
+            raise ParentUnusable(f"snapshot {snapshot.hex()[:8]} has no disk {disk}") from None
+        except Damaged as error:
+            raise ParentUnusable(f"snapshot {snapshot.hex()[:8]} cannot be built on: {error.message}") from error
 
     def add(
         self, disk: str, size_bytes: int, connected: socket.socket, *, parent: FileContent | None = None
     ) -> None:
         """Serve a disk's sink, under its name, to QEMU at the other end of a socket, which is taken over.
 
-        With a `parent`, what is not written is as it is there. Raises TargetError ("parent-unusable").
+        With a `parent`, what is not written is as it is there. Raises ParentUnusable.
         """
         if parent is not None and not (
             parent.size_bytes == size_bytes and self._repository.on_grid(parent, CHUNK_BYTES)
         ):
             connected.close()
-            raise TargetError(
+            raise ParentUnusable(
                 f"disk {disk} cannot be built on what the repository has of it: that is of another size, or lacks"
-                " chunks, or was not written by vmfleece",
-                hint="back it up with --full",
-                code="parent-unusable",
+                " chunks, or was not written by vmfleece"
             )
         sink = DiskSink(size_bytes, self._store, self._pool, parent=parent.chunks if parent else None)
         server = NbdServer({disk: sink}, report=lambda trouble: self._note(disk, trouble))
@@ -104,17 +116,26 @@ class Session:
         """How much QEMU has written of each disk."""
         return {name: disk.sink.written_bytes for name, disk in self._disks.items()}
 
-    async def seal(self, disk: str) -> FileContent:
-        """A disk's content, once QEMU has left. Raises TargetError: what is not whole is none."""
+    def trouble(self, disk: str) -> TargetError | None:
+        """Why QEMU could not write to the disk's sink, or None. Raises LockLost."""
+        self._lock.check()
+        return _explained(disk, self._troubles[disk]) if disk in self._troubles else None
+
+    async def seal(self, disk: str) -> Sealed:
+        """Wait until QEMU has left. Raises TargetError: what is not whole is none."""
+        return await aio.unless(self._lock.lost(), self._seal(disk))
+
+    async def _seal(self, disk: str) -> Sealed:
         one = self._disks[disk]
         await one.serving
-        if disk in self._troubles:
-            raise _explained(disk, self._troubles[disk])
+        trouble = self._troubles.get(disk)
+        if trouble is not None and not _is_full(trouble):
+            raise _explained(disk, trouble)
         try:
             one.chunks = await one.sink.finish()
         except (IncompleteError, OSError) as error:
-            raise _explained(disk, error) from error
-        return FileContent(one.sink.size_bytes, one.chunks)
+            raise _explained(disk, trouble or error) from error
+        return Sealed(one.sink.size_bytes, one.sink.stored_bytes)
 
     async def commit(self, snapshot: ResticSnapshot, vm_json: bytes) -> ResticSnapshot:
         """List a snapshot of all sealed disks, as `DISK.raw`, and of `vm.json`. Raises TargetError.
@@ -152,13 +173,20 @@ class Session:
         )
 
     def _note(self, disk: str, trouble: Trouble) -> None:
-        self._troubles.setdefault(disk, trouble.error)
+        known = self._troubles.get(disk)
+        if known is None or _is_full(known):
+            self._troubles[disk] = trouble.error
 
     async def _cut_off(self) -> None:
         serving = [one.serving for one in self._disks.values()]
         for task in serving:
             task.cancel()
         await asyncio.gather(*serving, return_exceptions=True)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether QEMU waits for an operator after that error, and then repeats what failed."""
+    return isinstance(error, OSError) and error.errno == errno.ENOSPC
 
 
 def _explained(disk: str, error: Exception) -> TargetError:

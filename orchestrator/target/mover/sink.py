@@ -2,7 +2,7 @@
 
 A write is answered once its chunks are in the store, so a slow store holds up QEMU's job, and never the guest.
 Memory: the buffers of the pool, which all disks of a run share, and `HELD_BYTES` a disk of chunks that are not yet
-whole.
+whole. A write that failed may be repeated, as QEMU does once a full target has space again.
 """
 
 import asyncio
@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from orchestrator.nbd.export import BlockSizes, Data, Export
-from orchestrator.target.mover.assembly import CHUNK_BYTES, Assembly, Whole
+from orchestrator.target.mover.assembly import Assembly, Overlay, Whole
+from orchestrator.target.restic.pack import CHUNK_BYTES
 
 HELD_BYTES = 8 * CHUNK_BYTES
 """QEMU before 9.1 has a few chunks in progress at a time; more than that are completed as they are."""
@@ -20,10 +21,17 @@ SMALL_BYTES = CHUNK_BYTES // 8
 
 
 class ChunkStore(Protocol):
-    """Where chunks go. Both raise VmfleeceError."""
+    """Where chunks go. All of it raises VmfleeceError, `put` OSError too."""
 
-    async def put(self, content: bytes | bytearray | memoryview) -> bytes:
-        """Keep a chunk, unless there is one like it; returns its id. `content` is the caller's again then."""
+    def check(self) -> None:
+        """Raise if nothing that is put will ever be of use."""
+        ...
+
+    async def put(self, content: bytes | bytearray | memoryview) -> tuple[bytes, int]:
+        """Keep a chunk, unless there is one like it; returns its id, and the bytes that it takes if it is new.
+
+        `content` is the caller's again then.
+        """
         ...
 
     async def get(self, chunk: bytes) -> bytes:
@@ -54,7 +62,10 @@ class BufferPool:
 
 
 class DiskSink(Export):
-    """A disk of a run. `parent`: the chunks of the snapshot that it lies over if it is incremental, else None."""
+    """A disk of a run. `parent`: the chunks of the snapshot that it lies over if it is incremental, else None.
+
+    `written_bytes`: by QEMU; `stored_bytes`: what the store took for them.
+    """
 
     block_sizes = BlockSizes(preferred=CHUNK_BYTES, maximum=CHUNK_BYTES)
 
@@ -69,6 +80,7 @@ class DiskSink(Export):
         self._zeroes: dict[int, bytes] = {}
         self._turns: dict[int, asyncio.Future[None]] = {}
         self.written_bytes = 0
+        self.stored_bytes = 0
 
     @property
     def size_bytes(self) -> int:
@@ -86,10 +98,12 @@ class DiskSink(Export):
             yield lent
 
     async def write(self, offset: int, data: memoryview) -> None:
+        self._store.check()
         await self._keep(list(self._assembly.write(offset, data)))
         self.written_bytes += len(data)
 
     async def write_zeroes(self, offset: int, length: int, *, may_be_hole: bool) -> None:  # noqa: ARG002
+        self._store.check()
         await self._keep(list(self._assembly.zero(offset, length)))
         self.written_bytes += length
 
@@ -106,16 +120,27 @@ class DiskSink(Export):
         return chunks
 
     async def _keep(self, wholes: Sequence[Whole]) -> None:
-        for whole in wholes:
-            async with self._turn(whole.number):
-                if whole.content is None:
-                    chunk = await self._zero(self._assembly.size_of(whole.number))
-                else:
-                    chunk = await self._store.put(whole.content)
-                self._chunks[whole.number] = chunk
+        for at, whole in enumerate(wholes):
+            try:
+                async with self._turn(whole.number):
+                    if whole.content is None:
+                        chunk = await self._zero(self._assembly.size_of(whole.number))
+                    else:
+                        chunk = await self._put(whole.content)
+                    self._chunks[whole.number] = chunk
+            except BaseException:
+                self._miss(wholes[at:])
+                raise
         if self._assembly.held_bytes > HELD_BYTES:
             # In a full copy there is nothing yet that they could lie over: they become whole soon.
             await self._complete([one for one in self._assembly.parts if self._chunks[one] is not None])
+
+    def _miss(self, wholes: Sequence[Whole]) -> None:
+        """Until the request is repeated nobody knows what these chunks hold; earlier ones are not sent again."""
+        for whole in wholes:
+            if isinstance(whole.content, bytearray):
+                self._assembly.put_back(whole.number, Overlay(whole.content, [(0, len(whole.content))]))
+            self._chunks[whole.number] = None
 
     async def _complete(self, numbers: Sequence[int]) -> None:
         """Put what was written of chunks over what they held before."""
@@ -125,7 +150,11 @@ class DiskSink(Export):
                 if before is None or number not in self._assembly.parts:  # else it has become whole meanwhile
                     continue
                 overlay = self._assembly.take(number)
-                self._chunks[number] = await self._store.put(overlay.over(await self._store.get(before)))
+                try:
+                    self._chunks[number] = await self._put(overlay.over(await self._store.get(before)))
+                except BaseException:
+                    self._assembly.put_back(number, overlay)
+                    raise
 
     @contextlib.asynccontextmanager
     async def _turn(self, number: int) -> AsyncIterator[None]:
@@ -143,5 +172,10 @@ class DiskSink(Export):
 
     async def _zero(self, length: int) -> bytes:
         if length not in self._zeroes:
-            self._zeroes[length] = await self._store.put(bytes(length))
+            self._zeroes[length] = await self._put(bytes(length))
         return self._zeroes[length]
+
+    async def _put(self, content: bytes | bytearray | memoryview) -> bytes:
+        chunk, added_bytes = await self._store.put(content)
+        self.stored_bytes += added_bytes
+        return chunk

@@ -10,6 +10,7 @@ from typing import TypeVar
 from orchestrator import aio
 from orchestrator.target.mover.sink import ChunkStore
 from orchestrator.target.restic.errors import BackendError
+from orchestrator.target.restic.lock import Lock
 from orchestrator.target.restic.repository import Repository
 from orchestrator.target.restic.writer import Writer
 
@@ -19,16 +20,17 @@ T = TypeVar("T")
 class RepositoryStore(ChunkStore):
     """See the contract, `ChunkStore`. What QEMU is told of a full target is ENOSPC: its job waits, then."""
 
-    def __init__(self, repository: Repository, writer: Writer, threads: Executor) -> None:
+    def __init__(self, repository: Repository, writer: Writer, lock: Lock, threads: Executor) -> None:
         self._repository = repository
+        self._lock = lock
         self._writer = writer
         self._threads = threads
 
-    async def put(self, content: bytes | bytearray | memoryview) -> bytes:
-        def add() -> bytes:
-            return self._writer.add_chunk(memoryview(content))[0]
+    def check(self) -> None:
+        self._lock.check()
 
-        return await self._in_thread(add)
+    async def put(self, content: bytes | bytearray | memoryview) -> tuple[bytes, int]:
+        return await self._in_thread(lambda: self._writer.add_chunk(memoryview(content)))
 
     async def get(self, chunk: bytes) -> bytes:
         return await self._in_thread(lambda: self._repository.read_blob(chunk))

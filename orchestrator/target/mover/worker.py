@@ -9,7 +9,7 @@ import contextlib
 import socket
 import threading
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -107,15 +107,17 @@ async def _do(asked: Message, descriptor: int | None, session: Session) -> Any:
         case "add":
             connected = socket.socket(fileno=descriptor)
             try:
-                parent = await session.files(bytes.fromhex(asked["parent"])) if asked["parent"] else {}
+                parent = await session.parent_of(asked["disk"], _identity(asked["parent"]))
             except BaseException:
                 connected.close()
                 raise
-            session.add(asked["disk"], asked["size_bytes"], connected, parent=parent.get(f"{asked['disk']}.raw"))
+            session.add(asked["disk"], asked["size_bytes"], connected, parent=parent)
             return None
         case "seal":
-            content = await session.seal(asked["disk"])
-            return {"size_bytes": content.size_bytes}
+            return asdict(await session.seal(asked["disk"]))
+        case "trouble":
+            trouble = session.trouble(asked["disk"])
+            return None if trouble is None else messages.of_error(trouble)
         case "commit":
             made = ResticSnapshot(
                 time=datetime.fromisoformat(asked["time"]),
@@ -123,10 +125,15 @@ async def _do(asked: Message, descriptor: int | None, session: Session) -> Any:
                 hostname=asked["vm"],
                 paths=(f"/{asked['vm']}",),
                 tags=tuple(asked["tags"]),
-                parent=bytes.fromhex(asked["parent"]) if asked["parent"] else None,
+                parent=_identity(asked["parent"]),
+                note=asked["note"],
             )
             committed = await session.commit(made, base64.b64decode(asked["vm_json"]))
             assert committed.identity is not None  # noqa: S101  it was just saved
-            return {"snapshot": committed.identity.hex(), "summary": dict(committed.summary)}
+            return committed.identity.hex()
         case other:
             raise ValueError(f"nobody knows how to {other}")
+
+
+def _identity(text: str) -> bytes | None:
+    return bytes.fromhex(text) or None

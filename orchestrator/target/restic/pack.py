@@ -21,6 +21,8 @@ from orchestrator.units import MIB
 ID_BYTES = 32
 SMALLEST_TARGET_BYTES = 16 * MIB
 LARGEST_TARGET_BYTES = 64 * MIB
+CHUNK_BYTES = 4 * MIB
+"""How long the chunks are that we make of a file; its last one may be shorter."""
 LARGEST_BLOB_BYTES = 1 << 30
 """Of a blob's plain content: what is longer is not read, so that nobody can have us take all memory."""
 _LARGEST_HEADER_BYTES = 16 * MIB

@@ -12,13 +12,16 @@ from typing import Any
 from orchestrator.target.restic import envelope, fields
 from orchestrator.target.restic.crypto import Key
 
+_NOTE = "vmfleece"
+
 
 @dataclass(frozen=True, slots=True)
 class ResticSnapshot:
     """A snapshot. `identity` is None before it is saved.
 
     `paths` should be the same for all snapshots of a VM: `restic forget` groups by host and paths. `original` is
-    the first id of one that restic changed since. `summary` is what restic 0.17 and later show (`Summary`).
+    the first id of one that was changed since. `summary` is what restic 0.17 and later show (`Summary`). `note` is
+    our own JSON, which restic neither reads nor keeps where it writes a snapshot anew.
     """
 
     time: datetime
@@ -31,6 +34,7 @@ class ResticSnapshot:
     original: bytes | None = None
     program_version: str = ""
     summary: Mapping[str, Any] = field(default_factory=dict)
+    note: Mapping[str, Any] = field(default_factory=dict)
     identity: bytes | None = None
 
 
@@ -88,6 +92,8 @@ def seal(snapshot: ResticSnapshot, key: Key) -> bytes:
         document["program_version"] = snapshot.program_version
     if snapshot.summary:
         document["summary"] = dict(snapshot.summary)
+    if snapshot.note:
+        document[_NOTE] = dict(snapshot.note)
     return envelope.seal(key, document)
 
 
@@ -106,5 +112,6 @@ def open_sealed(stored: bytes, key: Key, *, identity: bytes, file: str) -> Resti
         original=document.identity("original") if document.has("original") else None,
         program_version=document.text("program_version", ""),
         summary=document.mapping("summary"),
+        note=document.mapping(_NOTE),
         identity=identity,
     )

@@ -1,6 +1,6 @@
 """Writing a snapshot: chunks first, then the tree that lists them, then the snapshot that names the tree.
 
-    identity, was_new = writer.add_chunk(content)      from any number of threads; blocks while packs are saved
+    identity, added_bytes = writer.add_chunk(content)  from any number of threads; blocks while packs are saved
     tree = await writer.write_file_tree(files, …)
     snapshot = await writer.commit(ResticSnapshot(…))  packs → index → snapshot: listed, and durable
 
@@ -27,12 +27,11 @@ from orchestrator.target.restic.backend.base import Backend, Content, File, Kind
 from orchestrator.target.restic.blob_index import BlobIndex
 from orchestrator.target.restic.crypto import Key
 from orchestrator.target.restic.lock import Lock
-from orchestrator.target.restic.pack import BlobKind, Pack, PackBuilder
+from orchestrator.target.restic.pack import CHUNK_BYTES, BlobKind, Pack, PackBuilder
 from orchestrator.target.restic.snapshot import ResticSnapshot
 from orchestrator.target.restic.tree import FileContent, FileNode
 from orchestrator.units import MIB
 
-CHUNK_BYTES: Final = 4 * MIB
 VM_FILE: Final = "vm.json"
 _PACK_BYTES: Final = 32 * MIB
 _BLOBS_A_FILE: Final = 20_000
@@ -81,24 +80,15 @@ class Writer:
         self._open: list[PackBuilder] = []  # those that no thread is filling right now
         self._unsaved: list[_Unsaved] = []
         self._unlisted: list[Pack] = []  # saved, and in no index file yet
-        self._zeros: dict[int, bytes] = {}
         self.written = Written()
 
-    def add_chunk(self, chunk: bytes | memoryview) -> tuple[bytes, bool]:
-        """Have a chunk in the repository; return its id, and whether it was new. Blocks; from any thread.
+    def add_chunk(self, chunk: bytes | memoryview) -> tuple[bytes, int]:
+        """Have a chunk in the repository; return its id, and the bytes it takes there: 0 if it was there already.
 
-        Raises LockLost and BackendError, also for what an earlier call could not save. It may be repeated.
+        Raises LockLost and BackendError, also for what an earlier call could not save. It may be repeated. Blocks;
+        may be called from any thread.
         """
         return self._add(BlobKind.DATA, chunk)
-
-    def add_zeros(self, length: int) -> tuple[bytes, bool]:
-        """As `add_chunk` of so many zeroes, which are hashed once."""
-        known = self._zeros.get(length)
-        if known is not None:
-            return known, False
-        identity, was_new = self._add(BlobKind.DATA, bytes(length))
-        self._zeros[length] = identity
-        return identity, was_new
 
     async def write_file_tree(self, files: Mapping[str, FileContent], vm_json: bytes, modified: datetime) -> bytes:
         """Write the tree of `files` by name and of `vm.json`, and return its id.
@@ -163,17 +153,18 @@ class Writer:
             return location.entry.content_bytes
         raise ValueError(f"no such chunk: {identity.hex()}")
 
-    def _add(self, kind: BlobKind, plain: bytes | memoryview) -> tuple[bytes, bool]:
+    def _add(self, kind: BlobKind, plain: bytes | memoryview) -> tuple[bytes, int]:
         with self._working():
             self._lock.check()
             self._save()
             identity = hashlib.sha256(plain).digest()
             with self._turn:
                 if (kind, identity) in self._pending or self._index.has(kind, identity):
-                    return identity, False
+                    return identity, 0
                 self._pending[kind, identity] = len(plain)
-            self._put(pack.seal_blob(kind, identity, plain, self._key), len(plain))
-            return identity, True
+            blob = pack.seal_blob(kind, identity, plain, self._key)
+            self._put(blob, len(plain))
+            return identity, len(blob.sealed)
 
     @contextlib.contextmanager
     def _working(self) -> Iterator[None]:

@@ -1,0 +1,34 @@
+"""An error that a mover tells of is the error that it was."""
+
+import json
+
+import pytest
+
+from orchestrator.errors import NbdError, TargetError
+from orchestrator.target.base import ParentUnusable
+from orchestrator.target.mover import messages
+from orchestrator.target.mover.messages import Lines
+from orchestrator.target.restic import errors
+
+KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, TargetError)]
+
+
+@pytest.mark.parametrize("kind", [ParentUnusable, *KINDS], ids=lambda kind: kind.__name__)
+def test_an_error_keeps_its_class_and_what_it_says(kind: type[TargetError]) -> None:
+    error = kind("what", "why") if kind is errors.Damaged else kind("what", hint="why", code="special")
+    told = messages.to_error(json.loads(json.dumps(messages.of_error(error))))
+    assert (type(told), told.code, told.message, told.hint) == (kind, error.code, error.message, error.hint)
+
+
+def test_what_the_run_does_not_know_is_an_error_of_the_target() -> None:
+    for error, code in ((NbdError("gone"), "nbd"), (KeyError("vda"), "bug")):
+        told = messages.to_error(messages.of_error(error))
+        assert (type(told), told.code) == (TargetError, code)
+    assert "KeyError: 'vda'" in str(told)
+
+
+def test_lines_come_in_any_pieces() -> None:
+    sent = b"".join(messages.encode({"number": number, "text": "ä\n"}) for number in range(3))
+    lines = Lines()
+    got = [message for at in range(0, len(sent), 5) for message in lines.feed(sent[at : at + 5])]
+    assert got == [{"number": number, "text": "ä\n"} for number in range(3)]
