@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import structlog
 
@@ -180,3 +180,45 @@ async def run_process(argv: Sequence[str], *, pass_fds: Sequence[int] = ()) -> F
         raise
     assert process.returncode is not None  # noqa: S101  communicate() waited for it
     return Finished(process.returncode, stdout, stderr.decode(errors="replace").strip())
+
+
+class Kept(Generic[T]):
+    """What an asynchronous context gives, kept open by a task of its own until `close`, whoever calls that.
+
+    Contexts with task groups in them must be left by the task that entered them.
+    """
+
+    def __init__(self, task: "asyncio.Task[None]", value: T, closing: asyncio.Event) -> None:
+        self.value = value
+        self._task = task
+        self._closing = closing
+
+    @classmethod
+    async def opened(cls, context: contextlib.AbstractAsyncContextManager[T]) -> "Kept[T]":
+        """Enter it. Raises what entering raises; cancelling that leaves it."""
+        value: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        closing = asyncio.Event()
+
+        async def keep() -> None:
+            async with context as entered:
+                value.set_result(entered)
+                await closing.wait()
+
+        task = asyncio.create_task(keep())
+        try:
+            await asyncio.wait([task, value], return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            task.cancel()
+            await finish(_done(task))
+            raise
+        if not value.done():
+            await task  # which says why
+        return cls(task, value.result(), closing)
+
+    async def close(self) -> None:
+        """Leave it, whatever that raises. May be called again; cancellation does not interrupt it."""
+        self._closing.set()
+        await finish(self._left())
+
+    async def _left(self) -> None:
+        await self._task

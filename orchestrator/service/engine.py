@@ -9,6 +9,7 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from orchestrator.admission.controller import Controller
 from orchestrator.admission.ledger.base import Owner
 from orchestrator.admission.ledger.sqlite import SqliteLedger
 from orchestrator.config import Config
+from orchestrator.config.settings import TargetDriver, TargetSettings
 from orchestrator.errors import NobodyThere, StorageError, VmfleeceError
 from orchestrator.model import Progress, RunOptions, RunResult
 from orchestrator.qemu import qmp
@@ -36,6 +38,8 @@ from orchestrator.storage.base import Storage
 from orchestrator.storage.directory import DirectoryStorage
 from orchestrator.target.base import Target
 from orchestrator.target.images.target import ImagesTarget
+from orchestrator.target.repository.password import read_password
+from orchestrator.target.repository.target import RepositoryTarget
 
 log = structlog.get_logger(__name__)
 
@@ -100,10 +104,16 @@ def _storage_statuses(
 
 def targets(config: Config) -> dict[str, Target]:
     """The configured targets, by name."""
-    return {
-        name: ImagesTarget(name, settings.path, compression=settings.compress, max_runs=settings.max_runs)
-        for name, settings in config.target.items()
-    }
+    return {name: _target(settings) for name, settings in config.target.items()}
+
+
+def _target(settings: TargetSettings) -> Target:
+    if settings.driver is TargetDriver.RESTIC:
+        password = partial(read_password, settings.name, settings.password_file)
+        return RepositoryTarget(settings.name, settings.place, password, max_runs=settings.max_runs)
+    return ImagesTarget(
+        settings.name, Path(settings.place), compression=settings.compress, max_runs=settings.max_runs
+    )
 
 
 @contextlib.asynccontextmanager

@@ -12,8 +12,8 @@ What an implementation promises:
 - after `abort` nothing of the draft is left or listed; `commit` and `abort` may both be called again;
 - what a dead process left half-written or half-removed is never listed, and is removed by a later `begin` or
   `remove` for the same VM; so is a merge that it began finished or undone;
-- what a snapshot or a draft builds on cannot be removed, nor what is protected or being extracted, whatever other
-  processes on this host do at the same time.
+- what is protected cannot be removed, whatever other processes on this host do at the same time; of what a
+  snapshot or a draft builds on, and of what is being read, nothing that is needed goes.
 Errors are TargetError. Cancelling any of it leaves a draft that `abort` removes; a removal or protection that has
 begun is finished first.
 """
@@ -30,6 +30,9 @@ from typing import Any
 from orchestrator.errors import TargetError
 from orchestrator.model import Disk
 
+STAMP = "%Y%m%dT%H%M%SZ"
+"""How a snapshot's id gives the time."""
+_DISK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _TIME = re.compile(
     r"\d{4}-?\d\d-?\d\d(?:[T ](\d\d(?::?\d\d){0,2}(?:\.\d+)?)(?:Z|[+-]\d\d(?::?\d\d)?)?)?", re.ASCII
 )
@@ -105,7 +108,7 @@ class FileSink:
 class NbdSink:
     """An NBD server that QEMU writes one disk's content to, as the export of that name.
 
-    `descriptor` is a connected socket, for QEMU alone: whoever gave it to QEMU calls `close`. It cannot be read.
+    `descriptor` is a connected socket that stays open until the disk is sealed or the draft aborted.
     """
 
     descriptor: int
@@ -208,6 +211,13 @@ class Target(abc.ABC):
         """What is listed, by VM and then oldest first."""
 
     @abc.abstractmethod
+    async def look_up(self, wanted: str) -> Snapshot | None:
+        """A snapshot by a name that only the target knows, also one that another program made; else None.
+
+        Its disks may be called by paths. It is for reading only.
+        """
+
+    @abc.abstractmethod
     async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> Content:
         """Write a disk's content into the file or block device at `to`, as `raw` or `qcow2`.
 
@@ -256,6 +266,37 @@ class Target(abc.ABC):
 
         TargetError's code is "no-snapshot" if it is gone.
         """
+
+
+def snapshot_id(vm: str, created: datetime) -> str:
+    """What a VM's snapshot of a moment is called."""
+    return f"{vm}/{created.astimezone(UTC):{STAMP}}"
+
+
+def check_disk_name(disk: Disk) -> None:
+    """Raise TargetError unless a disk's id can be the name of a file."""
+    if not _DISK_NAME.fullmatch(disk.id):
+        raise TargetError(
+            f"disk {disk.id!r} cannot be a file's name",
+            hint="give the device an id of letters, digits, '_', '.' and '-'",
+            code="disk-name",
+        )
+
+
+def gone(snapshot: str) -> TargetError:
+    """The error that a snapshot is not there any more."""
+    return TargetError(
+        f"there is no snapshot {snapshot} any more", hint="somebody removed it meanwhile", code="no-snapshot"
+    )
+
+
+def protected_error(snapshot: Snapshot) -> TargetError:
+    """The error that a snapshot is not removed, since an operator said so."""
+    return TargetError(
+        f"snapshot {snapshot.id} is protected",
+        hint=f"to remove it all the same: vmfleece snapshot protect {snapshot.id} --off",
+        code="protected",
+    )
 
 
 def find(snapshots: Iterable[Snapshot], wanted: str) -> Snapshot:

@@ -16,6 +16,9 @@ from orchestrator.run.restore import restore
 from orchestrator.service import engine
 from orchestrator.service.engine import Engine
 from orchestrator.target.base import Snapshot, find
+from orchestrator.target.restic.backend.directory import DirectoryBackend
+from orchestrator.target.restic.crypto import Cost
+from orchestrator.target.restic.repository import Repository
 from tests.guest import images
 from tests.guest.leftovers import leftovers
 from tests.guest.vm import GuestVm
@@ -26,6 +29,8 @@ VM = "web01"
 FLEECED = Fleecing(storage="local")
 DIRECT = Fleecing(enabled=False)
 MIB = 1 << 20
+PASSWORD = "correct horse"
+CHEAP = Cost(16384, 8, 1)
 SLOWLY = 256 * 1024  # bytes per second
 
 CONFIG = """
@@ -38,6 +43,10 @@ quota = "{quota}"
 min_free = "{min_free}"
 [target.main]
 path = "{target}"
+[target.repo]
+driver = "restic"
+path = "{folder}/repository"
+password_file = "{folder}/password"
 [target.zstd]
 path = "{folder}/zstd"
 compress = "zstd"
@@ -96,6 +105,18 @@ class Host:
                 more=more,
             )
         )
+
+    @property
+    def repository(self) -> Path:
+        """Where target `repo` lies; `make_repository` makes it."""
+        return self.folder / "repository"
+
+    async def make_repository(self) -> None:
+        """An empty one, with a password that is quick to check."""
+        password = self.folder / "password"
+        password.touch(mode=0o600)
+        password.write_text(PASSWORD + "\n")
+        await Repository.create(DirectoryBackend(self.repository), PASSWORD, cost=CHEAP)
 
     # --- the product in this process ---
 

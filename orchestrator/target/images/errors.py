@@ -12,13 +12,6 @@ FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 EMPTY_QCOW2_BYTES = 1 << 20
 
 
-def gone(snapshot: str) -> TargetError:
-    """The error that a snapshot is not there any more."""
-    return TargetError(
-        f"there is no snapshot {snapshot} any more", hint="somebody removed it meanwhile", code="no-snapshot"
-    )
-
-
 @contextlib.contextmanager
 def explained(target: str, path: Path) -> Iterator[None]:
     """Turn an OSError into a TargetError that says what and where."""

@@ -1,1 +1,1 @@
-"""Snapshots in a repository of restic's format: the contract of a target over `restic` (format) and `mover` (writing)."""
+"""Snapshots in a repository of restic's format: the contract of a target, over `restic` and `mover`."""

@@ -1,0 +1,108 @@
+"""A snapshot being written to a repository: a mover process of its own, and a connection to it for each disk."""
+
+import socket
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from orchestrator import aio
+from orchestrator.errors import TargetError
+from orchestrator.model import Disk
+from orchestrator.target.base import Draft, NbdSink, ParentUnusable, Snapshot, SnapshotDisk, check_disk_name
+from orchestrator.target.mover.process import Mover
+from orchestrator.target.repository import listing
+
+if TYPE_CHECKING:
+    from orchestrator.target.repository.target import RepositoryTarget
+
+log = structlog.get_logger(__name__)
+
+
+class RepositoryDraft(Draft):
+    """See the contract, `Draft`."""
+
+    def __init__(
+        self, target: "RepositoryTarget", vm: str, snapshot_id: str, created: datetime, mover: aio.Kept[Mover]
+    ) -> None:
+        self.snapshot_id = snapshot_id
+        self._target = target
+        self._vm = vm
+        self._created = created
+        self._mover = mover
+        self._connections: dict[str, socket.socket] = {}
+        self._parents: dict[str, bytes] = {}
+        self._disks: list[str] = []
+        self._sealed: dict[str, SnapshotDisk] = {}
+        self._committing = False
+        self._committed: Snapshot | None = None
+
+    async def add_disk(self, disk: Disk, *, compressible: bool, parent: str | None = None) -> NbdSink:
+        del compressible  # the mover does that, chunk by chunk
+        check_disk_name(disk)
+        if parent is not None:
+            self._parents[disk.id] = await self._identity(parent)
+        ours, theirs = socket.socketpair()
+        self._connections[disk.id] = ours
+        self._disks.append(disk.id)
+        await self._mover.value.add(disk.id, disk.size_bytes, theirs, parent=self._parents.get(disk.id))
+        return NbdSink(ours.fileno(), disk.id)
+
+    async def _identity(self, snapshot: str) -> bytes:
+        for one in await self._target.snapshots(self._vm):
+            if one.id == snapshot:
+                return bytes.fromhex(one.details[listing.RESTIC_ID])
+        raise ParentUnusable(f"there is no snapshot {snapshot} any more")
+
+    async def why_unwritten(self, disk: Disk) -> TargetError | None:
+        return await self._mover.value.trouble(disk.id)
+
+    async def cut_off(self) -> None:
+        if self._committed is None:
+            self._mover.value.kill()
+
+    async def seal(self, disk: Disk) -> SnapshotDisk:
+        self._connections.pop(disk.id).close()
+        done = await self._mover.value.seal(disk.id)
+        self._sealed[disk.id] = SnapshotDisk(disk.id, done.size_bytes, None, done.stored_bytes)
+        return self._sealed[disk.id]
+
+    async def commit(self, details: dict[str, Any]) -> Snapshot:
+        if self._committed is None:
+            snapshot = Snapshot(
+                id=self.snapshot_id,
+                target=self._target.name,
+                vm=self._vm,
+                created=self._created,
+                kind=str(details["kind"]),
+                disks=tuple(self._sealed[disk] for disk in self._disks),
+                details=details,
+            )
+            self._committing = True
+            identity = await self._mover.value.commit(
+                self._vm,
+                self._created,
+                listing.vm_json(snapshot),
+                tags=listing.tags(snapshot),
+                parent=next(iter(self._parents.values()), None),
+                note=listing.note(snapshot),
+            )
+            details[listing.RESTIC_ID] = identity.hex()
+            self._committed = snapshot
+            await self._end()
+        return self._committed
+
+    async def abort(self) -> None:
+        if self._committed is not None:
+            return
+        await self._end()
+        if self._committing:  # the answer may be what was lost
+            for made, snapshot in await self._target.listed(self._vm):
+                if snapshot.id == self.snapshot_id:
+                    await (await self._target.repository()).forget(made)
+            self._committing = False
+
+    async def _end(self) -> None:
+        while self._connections:
+            self._connections.popitem()[1].close()
+        await self._mover.close()

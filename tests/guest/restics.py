@@ -1,0 +1,41 @@
+"""restic itself, of Debian 12 (0.14) and of Debian 13 (0.18), as a user runs it."""
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CACHE = Path(os.environ.get("VMFLEECE_TESTS_CACHE") or "/var/cache/vmfleece-tests")
+RESTICS = {"0.14": "restic", "0.18": str(CACHE / "restic-0.18" / "restic")}
+
+
+@dataclass(frozen=True)
+class Restic:
+    """One of them, and a repository."""
+
+    repository: Path
+    password: str
+    version: str = "0.14"
+
+    def started(self, *arguments: str) -> "subprocess.Popen[bytes]":
+        """A command under way, whose output can be read."""
+        environment = os.environ | {"RESTIC_PASSWORD": self.password}
+        command = [RESTICS[self.version], "--no-cache", "--repo", str(self.repository), *arguments]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def run(self, *arguments: str, code: int = 0) -> bytes:
+        """Its output. It must exit with `code`."""
+        process = self.started(*arguments)
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == code, f"{arguments}: {process.returncode}: {said[-2000:].decode()}"
+        return said
+
+    def snapshots(self, *arguments: str) -> list[dict[str, Any]]:
+        """What it lists."""
+        return json.loads(self.run("snapshots", "--json", *arguments)) or []
+
+    def check(self) -> None:
+        """All of the repository is there and right, or AssertionError."""
+        assert b"no errors were found" in self.run("check", "--read-data")
