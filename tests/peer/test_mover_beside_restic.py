@@ -40,7 +40,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "repository"
 
 
-def restic(root: Path, *arguments: str) -> bytes:
+def restic(root: Path | str, *arguments: str) -> bytes:
     environment = os.environ | {"RESTIC_PASSWORD": PASSWORD, "RESTIC_REPOSITORY": str(root)}
     argv = ["restic", "--no-cache", *arguments]
     done = subprocess.run(argv, env=environment, capture_output=True, check=False)

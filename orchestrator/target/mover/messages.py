@@ -2,7 +2,7 @@
 
 Requests have a number, and so do their answers.
 
-    → {"number": 1, "ask": "open", "place": "/srv/backup", "password": "…"}
+    → {"number": 1, "ask": "open", "place": "/srv/backup", "password": "…", …}
     ← {"number": 1, "value": null}
     ← {"progress": {"vda": 4194304}}
     ← {"number": 2, "error": {"kind": "Damaged", "code": …, "message": …, "hint": …}}

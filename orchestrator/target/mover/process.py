@@ -17,13 +17,14 @@ import itertools
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from orchestrator import aio
 from orchestrator.errors import TargetError
 from orchestrator.target.mover import messages
 from orchestrator.target.mover.messages import Lines, Message, Sealed
+from orchestrator.target.restic.backend.objects import PATIENCE
 
 RECEIVE_BYTES = 64 * 1024
 END_SECONDS = 30.0
@@ -55,12 +56,13 @@ class Mover:
         place: str,
         password: str,
         *,
+        patience: timedelta = PATIENCE,
         on_progress: Callable[[Mapping[str, int]], None] = lambda _written: None,
     ) -> AsyncIterator["Mover"]:
         """A process that has opened and locked the repository at `place`, for the block. Raises TargetError.
 
-        `place`: an absolute path or an S3 URL, see `place.backend_at`. `on_progress` gets, each second, how many
-        bytes QEMU has written of each disk.
+        `place` and `patience`: `backend_at`; the process inherits the environment. `on_progress` gets, each
+        second, how many bytes QEMU has written of each disk.
         """
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
@@ -80,7 +82,8 @@ class Mover:
             mover = cls(process, ours, on_progress)
             try:
                 async with aio.background(mover._listen()):
-                    await mover._ask("open", place=place, password=password)
+                    seconds = patience.total_seconds()
+                    await mover._ask("open", place=place, password=password, patience_seconds=seconds)
                     yield mover
             finally:
                 ours.close()  # that ends it

@@ -10,8 +10,7 @@ import socket
 import threading
 from collections import deque
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
-from pathlib import Path
+from datetime import datetime, timedelta
 from typing import Any
 
 from orchestrator import aio
@@ -19,7 +18,7 @@ from orchestrator.errors import VmfleeceError
 from orchestrator.target.mover import messages
 from orchestrator.target.mover.messages import Lines, Message
 from orchestrator.target.mover.session import Session
-from orchestrator.target.restic.backend.directory import DirectoryBackend
+from orchestrator.target.restic.place import backend_at
 from orchestrator.target.restic.snapshot import ResticSnapshot
 
 RECEIVE_BYTES = 64 * 1024
@@ -65,7 +64,8 @@ class Worker:
         if asked is None:
             return
         try:
-            async with Session.opened(DirectoryBackend(Path(asked["place"])), asked["password"]) as session:
+            backend = backend_at(asked["place"], patience=timedelta(seconds=asked["patience_seconds"]))
+            async with Session.opened(backend, asked["password"]) as session:
                 await self._send({"number": asked["number"], "value": None})
                 async with aio.background(self._tell_progress(session)):
                     await self._serve(inbox, session)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _REQUEST_TIMEOUT = timedelta(minutes=5)
 """Of one request: a pack of 64 MiB at 250 KiB/s."""
-_PATIENCE = timedelta(minutes=5)
+PATIENCE = timedelta(minutes=5)
 
 
 class ObjectsBackend(Backend):
@@ -96,9 +96,10 @@ def s3(
     *,
     access_key: str,
     secret_key: str,
+    session_token: str | None = None,
     endpoint: str | None = None,
     region: str = "us-east-1",
-    patience: timedelta = _PATIENCE,
+    patience: timedelta = PATIENCE,
 ) -> ObjectsBackend:
     """A bucket of S3's, or of a server that speaks as S3 does at `endpoint`. Does not connect yet.
 
@@ -109,6 +110,8 @@ def s3(
         "access_key_id": access_key,
         "secret_access_key": secret_key,
     }
+    if session_token:
+        configured["session_token"] = session_token
     if endpoint:
         configured["endpoint"] = endpoint
     store = S3Store(
