@@ -14,11 +14,13 @@ import errno
 import os
 import secrets
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
+from orchestrator import aio
 from orchestrator.errors import TargetError
 from orchestrator.qemu import tools
 from orchestrator.target import durable
@@ -62,7 +64,12 @@ async def restore(
             await _check_fits(wanted.size_bytes, to)
         content = await target.extract(snapshot, disk, to=written, image_format=image_format)
         most_bytes = wanted.size_bytes if device else sys.maxsize
-        digest = await tools.read_back(written, image_format, content.update, size_bytes=most_bytes)
+        digest, _ = await aio.all_or_first_error(
+            (
+                tools.read_back(written, image_format, content.update, size_bytes=most_bytes),
+                _make_durable(written, to),
+            )
+        )
         if problem := content.problem():
             raise TargetError(
                 f"disk {disk} of {snapshot.id} was restored wrong: {problem}",
@@ -70,21 +77,16 @@ async def restore(
                 " or to another disk",
                 code="content-wrong",
             )
-        try:
-            await asyncio.to_thread(_publish, written, to)
-        except OSError as error:
-            raise TargetError(
-                f"cannot restore to {to}: {error.strerror}",
-                hint="the disk could be read; give another path",
-                code="restore-path",
-            ) from error
+        if not device:
+            with _explained(to):
+                await asyncio.to_thread(_publish, written, to)
     except BaseException:
         if not device:
             with contextlib.suppress(FileNotFoundError):
                 written.unlink()
         raise
     log.info("restore.finished", snapshot=snapshot.id, disk=disk, to=str(to), size_bytes=wanted.size_bytes)
-    return Restored(disk, to, wanted.size_bytes, digest)
+    return Restored(disk, to, wanted.size_bytes, str(digest))
 
 
 def _check_destination(to: Path, *, overwrite: bool) -> bool:
@@ -118,15 +120,31 @@ async def _check_fits(size_bytes: int, device: Path) -> None:
         )
 
 
+async def _make_durable(written: Path, to: Path) -> None:
+    """Beside reading it back, from the host's cache: the disk is idle meanwhile."""
+    with _explained(to):
+        await asyncio.to_thread(durable.sync, written)
+
+
+@contextlib.contextmanager
+def _explained(to: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TargetError(
+            f"cannot restore to {to}: {error.strerror}",
+            hint="the disk could be read; give another path",
+            code="restore-path",
+        ) from error
+
+
 def _publish(written: Path, to: Path) -> None:
-    durable.sync(written)
-    if written != to:
-        try:
-            os.link(written, to)  # unlike a rename, this fails if the name was taken meanwhile
-        except OSError as error:
-            if error.errno not in NO_LINKS:
-                raise
-            written.rename(to)
-        else:
-            written.unlink()
-        durable.sync(to.parent)
+    try:
+        os.link(written, to)  # unlike a rename, this fails if the name was taken meanwhile
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        written.rename(to)
+    else:
+        written.unlink()
+    durable.sync(to.parent)
