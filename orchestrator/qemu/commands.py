@@ -57,6 +57,11 @@ def set_drive(device_path: str, node: str) -> Command:
     return Command("qom-set", {"path": device_path, "property": "drive", "value": node})
 
 
+def get_type(path: str) -> Command:
+    """What an object of QEMU's is, such as `virtio-blk-pci`."""
+    return Command("qom-get", {"path": path, "property": "type"})
+
+
 def file_node(name: str, fdset: int, *, direct: bool = False) -> dict[str, Any]:
     """A file that was passed as a descriptor; `direct`: past the host's cache.
 

@@ -45,7 +45,7 @@ from orchestrator.model import (
 )
 from orchestrator.qemu import capabilities, commands, jobs, qmp, tools
 from orchestrator.qemu.monitor import Monitor
-from orchestrator.run import copy, survey
+from orchestrator.run import copy, particulars, survey
 from orchestrator.run.copying import Copies, Copying, by_windows
 from orchestrator.run.outcome import CANCELLED, DiskRun, Facts, log_result
 from orchestrator.run.plan import Past, Plan
@@ -275,8 +275,11 @@ class _Run:
         gear = _Gear(monitor, lease, draft, keeper, quiet, copies)
         for disk in self._facts.disks:
             await self._prepare(gear, disk)
+        self._facts.particulars = await particulars.look(monitor, [one.disk for one in planned.disks])
         self._enter(Phase.SNAPSHOTTING)
         await self._snapshot(monitor, draft)
+        self._facts.files, missing = await particulars.read_files(self._vm.extra_files)
+        self._facts.warnings += missing
         await self._limit_coverage(monitor)
         self._enter(Phase.COPYING)
         with contextlib.ExitStack() as watching:
@@ -288,7 +291,7 @@ class _Run:
                 )
                 await aio.unless(lease.giving_way(), finishing)
         self._enter(Phase.COMMITTING)
-        self._facts.snapshot = await draft.commit(self._facts.details(self._run, self._options))
+        self._facts.snapshot = await draft.commit(self._facts.details(self._run, self._options), self._facts.files)
         log.info("snapshot.committed", snapshot=draft.snapshot_id, target=self._options.target)
 
     async def _prepare(self, gear: _Gear, disk: DiskRun) -> None:

@@ -19,9 +19,11 @@ from orchestrator.model import (
     RunOptions,
     RunResult,
 )
+from orchestrator.run.particulars import Particulars
 from orchestrator.run.plan import DiskPlan
 from orchestrator.storage.base import ImageFile
 from orchestrator.target.base import FileSink, Sink, Snapshot
+from orchestrator.target.extra_files import ExtraFile
 
 log = structlog.get_logger(__name__)
 
@@ -62,6 +64,8 @@ class Facts:
     warnings: list[str] = field(default_factory=list)
     pause_ms: float | None = None
     snapshot: Snapshot | None = None
+    particulars: Particulars = field(default_factory=Particulars)
+    files: list[ExtraFile] = field(default_factory=list)
 
     @property
     def rounded_pause_ms(self) -> float | None:
@@ -105,6 +109,8 @@ class Facts:
             "consistency": options.consistency,
             "pause_ms": self.rounded_pause_ms,
             "vmfleece": __version__,
+            "qemu": self.particulars.qemu,
+            "extra_files": [file.described() for file in self.files],
             "disks": [
                 {
                     "disk": disk.plan.disk.id,
@@ -112,6 +118,7 @@ class Facts:
                     "reason": disk.plan.reason,
                     "source": disk.plan.disk.image,
                     "source_driver": disk.plan.disk.node_driver,
+                    "device": self.particulars.devices.get(disk.plan.disk.id, ""),
                     "storage": disk.plan.storage,
                     "fleecing_peak_bytes": disk.fleecing_peak_bytes,
                 }

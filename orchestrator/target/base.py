@@ -29,6 +29,7 @@ from typing import Any
 
 from orchestrator.errors import TargetError
 from orchestrator.model import Disk
+from orchestrator.target.extra_files import ExtraFile
 
 STAMP = "%Y%m%dT%H%M%SZ"
 """How a snapshot's id gives the time."""
@@ -178,7 +179,7 @@ class Draft(abc.ABC):
         """
 
     @abc.abstractmethod
-    async def commit(self, details: dict[str, Any]) -> Snapshot:
+    async def commit(self, details: dict[str, Any], files: Sequence[ExtraFile] = ()) -> Snapshot:
         """Make the snapshot durable and listed."""
 
     @abc.abstractmethod
@@ -225,6 +226,10 @@ class Target(abc.ABC):
         and not changed or removed meanwhile. TargetError's code is "content-wrong" if some of that is damaged or
         gone, and it names the snapshot; "no-snapshot" if the snapshot itself is gone.
         """
+
+    @abc.abstractmethod
+    async def extra_files(self, snapshot: Snapshot) -> list[ExtraFile]:
+        """The files that were kept beside the disks. TargetError as `extract`."""
 
     @abc.abstractmethod
     def exported(

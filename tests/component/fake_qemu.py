@@ -302,6 +302,12 @@ class FakeQemu:
             self.emit("RESUME")
         return {}
 
+    def _qom_get(self, arguments: Any) -> Any:
+        device = next((one for one in self.devices.values() if one.path == arguments["path"]), None)
+        if device is None or arguments["property"] != "type":
+            raise CommandFailed("qom-get", f"Property '{arguments['property']}' not found")
+        return "virtio-blk-pci"
+
     def _qom_set(self, arguments: Any) -> Any:
         device = next((one for one in self.devices.values() if one.path == arguments["path"]), None)
         if device is None:

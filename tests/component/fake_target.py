@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
+    from orchestrator.target.extra_files import ExtraFile
+
 
 class FakeTarget(Target):
     """See the contract, `Target`. `drafts` are those neither committed nor aborted."""
@@ -32,6 +34,7 @@ class FakeTarget(Target):
         self.compresses = False
         self.drafts: list[FakeDraft] = []
         self.contents: dict[tuple[str, str], bytes] = {}
+        self.files: dict[str, list[ExtraFile]] = {}
         self.before: Callable[[str], None] = lambda _step: None
         """Called with the name of each step that is about to be done; may raise."""
 
@@ -51,6 +54,12 @@ class FakeTarget(Target):
     def exported(
         self, snapshot: Snapshot, disks: "Sequence[str]", folder: Path
     ) -> "AbstractAsyncContextManager[Mapping[str, str]]":
+        raise NotImplementedError
+
+    async def look_up(self, wanted: str) -> Snapshot | None:
+        raise NotImplementedError
+
+    async def extra_files(self, snapshot: Snapshot) -> "list[ExtraFile]":
         raise NotImplementedError
 
     async def verify(self, snapshot: Snapshot, *, share: float) -> Verification:
@@ -133,13 +142,14 @@ class FakeDraft(Draft):
         self._sealed[disk.id] = SnapshotDisk(disk.id, disk.size_bytes, digest, len(content), parent)
         return self._sealed[disk.id]
 
-    async def commit(self, details: dict[str, Any]) -> Snapshot:
+    async def commit(self, details: dict[str, Any], files: "Sequence[ExtraFile]" = ()) -> Snapshot:
         await self._target.step("commit")
         disks = tuple(self._sealed.values())
         snapshot = Snapshot(
             self.snapshot_id, self._target.name, self._vm, self._started, str(details["kind"]), disks, details
         )
         self._target.listed.append(snapshot)
+        self._target.files[snapshot.id] = list(files)
         self._target.drafts.remove(self)
         return snapshot
 

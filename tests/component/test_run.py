@@ -1,12 +1,15 @@
 """Runs that succeed: what is copied, in which order QEMU is told what, and what the result says."""
 
+import os
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from orchestrator.model import Fleecing, FleecingPolicy, Outcome, Phase, RunResult, Vm
 from orchestrator.qemu.commands import Command
+from orchestrator.target.extra_files import ExtraFile
 from tests.component.fake_blocks import CLUSTER, Job
 from tests.component.fake_qemu import FakeQemu
 from tests.component.world import MIB, RUN, SOCKET, World, failed_with
@@ -284,6 +287,34 @@ async def test_only_disks_that_can_be_backed_up_are(make: Make, before: list[str
     result = succeeded(await world.back_up(vm=Vm("web01", SOCKET, exclude_disks=("scratch0",))))
     assert [disk.disk for disk in result.disks] == ["vda", "vdb"]
     await world.assert_nothing_is_left(before)
+
+
+async def test_files_of_the_host_are_kept_with_the_disks(make: Make, tmp_path: Path) -> None:
+    variables, link, gone = tmp_path / "OVMF_VARS.fd", tmp_path / "link", tmp_path / "gone"
+    variables.write_bytes(b"boot order")
+    variables.chmod(0o640)
+    link.symlink_to(variables)
+    world = make()
+    result = await world.back_up(vm=Vm("web01", SOCKET, extra_files=(variables, link, gone, tmp_path)))
+    assert result.outcome is Outcome.WARNING
+    assert result.warnings == (
+        f"extra file {gone} is not in the snapshot: No such file or directory",
+        f"extra file {tmp_path} is not in the snapshot: it is no regular file",
+    )
+    (snapshot,) = world.fake_target.listed
+    assert world.fake_target.files[snapshot.id] == [
+        ExtraFile(str(variables), 0o640, b"boot order"),
+        ExtraFile(str(link), 0o640, b"boot order"),
+    ]
+    assert snapshot.details["extra_files"] == [{"path": str(path), "size_bytes": 10} for path in (variables, link)]
+
+
+async def test_a_file_that_is_too_large_is_left_out_and_said_so(make: Make, tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    large.touch()
+    os.truncate(large, 16 * MIB + 1)
+    result = await make().back_up(vm=Vm("web01", SOCKET, extra_files=(large,)))
+    assert result.warnings == (f"extra file {large} is not in the snapshot: it is larger than 16.0 MiB",)
 
 
 async def test_a_disk_of_odd_size_is_copied_whole(make: Make, before: list[str]) -> None:

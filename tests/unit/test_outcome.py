@@ -23,8 +23,10 @@ from orchestrator.model import (
     RunResult,
 )
 from orchestrator.run.outcome import DiskRun, Facts, log_result
+from orchestrator.run.particulars import Particulars
 from orchestrator.run.plan import DiskPlan
 from orchestrator.target.base import Snapshot
+from orchestrator.target.extra_files import ExtraFile
 
 STARTED = datetime(2026, 11, 22, 2, 30, tzinfo=UTC)
 OPTIONS = RunOptions("main", Fleecing(), job="nightly")
@@ -98,7 +100,10 @@ def test_progress_shows_what_each_disk_has() -> None:
 
 
 def test_a_snapshot_keeps_how_it_was_made() -> None:
-    details = json.loads(json.dumps(facts(pause_ms=2.0).details("0a1b2c3d", OPTIONS)))
+    known = facts(pause_ms=2.0)
+    known.particulars = Particulars("10.0.2", {"vda": "virtio-blk-pci"})
+    known.files = [ExtraFile("/web01/OVMF_VARS.fd", 0o600, b"four")]
+    details = json.loads(json.dumps(known.details("0a1b2c3d", OPTIONS)))
     assert details == {
         "run": "0a1b2c3d",
         "job": "nightly",
@@ -106,6 +111,8 @@ def test_a_snapshot_keeps_how_it_was_made() -> None:
         "consistency": "pause",
         "pause_ms": 2.0,
         "vmfleece": __version__,
+        "qemu": "10.0.2",
+        "extra_files": [{"path": "/web01/OVMF_VARS.fd", "size_bytes": 4}],
         "disks": [
             {
                 "disk": "vda",
@@ -113,6 +120,7 @@ def test_a_snapshot_keeps_how_it_was_made() -> None:
                 "reason": "why",
                 "source": "/vda.qcow2",
                 "source_driver": "qcow2",
+                "device": "virtio-blk-pci",
                 "storage": "local",
                 "fleecing_peak_bytes": 512,
             }

@@ -8,6 +8,7 @@ removed and protected, and what locks there are: `removal`.
 import asyncio
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import tempfile
@@ -24,7 +25,7 @@ from orchestrator import aio
 from orchestrator.errors import TargetError, ToolError
 from orchestrator.model import Compression, Disk
 from orchestrator.qemu import commands, reading, serving, tools
-from orchestrator.target import durable
+from orchestrator.target import durable, extra_files
 from orchestrator.target.base import (
     STAMP,
     Draft,
@@ -38,10 +39,13 @@ from orchestrator.target.base import (
     gone,
     protected_error,
 )
+from orchestrator.target.extra_files import ExtraFile
 from orchestrator.target.images import chain, locks, manifest, merging, removal
 from orchestrator.target.images.errors import explained, unwritten
 
 log = structlog.get_logger(__name__)
+
+EXTRA_FILES = "extra_files.json"
 
 
 class ImagesTarget(Target):
@@ -161,6 +165,14 @@ class ImagesTarget(Target):
 
     async def look_up(self, wanted: str) -> Snapshot | None:  # noqa: ARG002  all there is has been listed
         return None
+
+    async def extra_files(self, snapshot: Snapshot) -> list[ExtraFile]:
+        path = self.path / snapshot.id / EXTRA_FILES
+        try:
+            content = await asyncio.to_thread(path.read_bytes)
+        except FileNotFoundError:
+            return []
+        return extra_files.decode(json.loads(content), snapshot=snapshot.id)
 
     async def merge(self, snapshot: Snapshot) -> None:
         with explained(self.name, self.path / snapshot.id):
@@ -284,7 +296,7 @@ class ImagesDraft(Draft):
         self._sealed[disk.id] = SnapshotDisk(disk.id, disk.size_bytes, digest, stored_bytes, parent)
         return self._sealed[disk.id]
 
-    async def commit(self, details: dict[str, Any]) -> Snapshot:
+    async def commit(self, details: dict[str, Any], files: Sequence[ExtraFile] = ()) -> Snapshot:
         if self._committed is None:
             snapshot = Snapshot(
                 id=self.snapshot_id,
@@ -296,13 +308,15 @@ class ImagesDraft(Draft):
                 details=details,
             )
             # Finished in any case: `abort` must not remove the folder while it is being renamed.
-            await aio.finish(asyncio.to_thread(self._publish, manifest.encode(snapshot)))
+            await aio.finish(asyncio.to_thread(self._publish, manifest.encode(snapshot), files))
             self._committed = snapshot
         return self._committed
 
-    def _publish(self, content: bytes) -> None:
+    def _publish(self, content: bytes, files: Sequence[ExtraFile]) -> None:
         with explained(self._target, self._partial):
             if not self._renamed:
+                if files:
+                    durable.write(self._partial / EXTRA_FILES, json.dumps(extra_files.encode(files)).encode())
                 durable.write(self._partial / manifest.NAME, content)
                 os.fsync(self._lock)
                 self._partial.rename(self._final)

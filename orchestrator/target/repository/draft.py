@@ -1,6 +1,7 @@
 """A snapshot being written to a repository: a mover process of its own, and a connection to it for each disk."""
 
 import socket
+from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from orchestrator import aio
 from orchestrator.errors import TargetError
 from orchestrator.model import Disk
 from orchestrator.target.base import Draft, NbdSink, ParentUnusable, Snapshot, SnapshotDisk, check_disk_name
+from orchestrator.target.extra_files import ExtraFile
 from orchestrator.target.mover.process import Mover
 from orchestrator.target.repository import listing
 
@@ -67,7 +69,7 @@ class RepositoryDraft(Draft):
         self._sealed[disk.id] = SnapshotDisk(disk.id, done.size_bytes, None, done.stored_bytes)
         return self._sealed[disk.id]
 
-    async def commit(self, details: dict[str, Any]) -> Snapshot:
+    async def commit(self, details: dict[str, Any], files: Sequence[ExtraFile] = ()) -> Snapshot:
         if self._committed is None:
             snapshot = Snapshot(
                 id=self.snapshot_id,
@@ -82,7 +84,7 @@ class RepositoryDraft(Draft):
             identity = await self._mover.value.commit(
                 self._vm,
                 self._created,
-                listing.vm_json(snapshot),
+                listing.vm_json(snapshot, files),
                 tags=listing.tags(snapshot),
                 parent=next(iter(self._parents.values()), None),
                 note=listing.note(snapshot),

@@ -1,4 +1,4 @@
-"""What a snapshot in a repository says of itself: a note in restic's snapshot file, and `vm.json` beside the disks.
+"""What a snapshot in a repository says of itself: a note in restic's snapshot file, `vm.json` beside the disks.
 
 The note is what a list needs, so that no more than the small snapshot files is read for one. restic leaves it out
 where it writes such a file anew (`tag`, `rewrite`, `copy`); `vm.json` holds the same, and more. Pure.
@@ -6,34 +6,24 @@ Shapes: docs/repository.md.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from orchestrator.target import extra_files
 from orchestrator.target.base import Snapshot, SnapshotDisk
+from orchestrator.target.extra_files import ExtraFile
 from orchestrator.target.restic.errors import Damaged
 from orchestrator.target.restic.snapshot import ResticSnapshot
 
 VERSION = 1
 OURS = "vmfleece"
 PROTECTED = "protected"
-EXTRA_FILES = "extra_files"
-"""In the details: too large for the note."""
 RESTIC_ID = "restic"
 """In the details of a listed snapshot: its id as restic has it, in hex."""
 
 
 def note(snapshot: Snapshot) -> dict[str, Any]:
     """What goes into restic's snapshot file."""
-    return _document(snapshot, {key: value for key, value in snapshot.details.items() if key != EXTRA_FILES})
-
-
-def vm_json(snapshot: Snapshot) -> bytes:
-    """What goes into `vm.json`."""
-    document = {"vm": snapshot.vm, "created": snapshot.created.isoformat()}
-    return (json.dumps(document | _document(snapshot, snapshot.details), indent=2) + "\n").encode()
-
-
-def _document(snapshot: Snapshot, details: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "version": VERSION,
         "snapshot": snapshot.id,
@@ -47,8 +37,19 @@ def _document(snapshot: Snapshot, details: Mapping[str, Any]) -> dict[str, Any]:
             }
             for disk in snapshot.disks
         ],
-        "details": dict(details),
+        "details": snapshot.details,
     }
+
+
+def vm_json(snapshot: Snapshot, files: Iterable[ExtraFile]) -> bytes:
+    """What goes into `vm.json`."""
+    document = {
+        "vm": snapshot.vm,
+        "created": snapshot.created.isoformat(),
+        **note(snapshot),
+        extra_files.NAME: extra_files.encode(files),
+    }
+    return (json.dumps(document, indent=2) + "\n").encode()
 
 
 def tags(snapshot: Snapshot) -> tuple[str, ...]:

@@ -10,11 +10,14 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import structlog
 
 from orchestrator import aio
 from orchestrator.errors import TargetError
+from orchestrator.qemu import commands
+from orchestrator.target import extra_files
 from orchestrator.target.base import (
     Content,
     Snapshot,
@@ -25,6 +28,7 @@ from orchestrator.target.base import (
     protected_error,
     snapshot_id,
 )
+from orchestrator.target.extra_files import ExtraFile
 from orchestrator.target.mover.process import Mover
 from orchestrator.target.repository import contents, listing
 from orchestrator.target.repository.draft import RepositoryDraft
@@ -33,7 +37,7 @@ from orchestrator.target.restic.place import backend_at
 from orchestrator.target.restic.repository import Repository
 from orchestrator.target.restic.snapshot import ResticSnapshot
 from orchestrator.target.restic.tree import FileContent
-from orchestrator.target.restic.writer import CHUNK_BYTES, VM_FILE
+from orchestrator.target.restic.writer import VM_FILE
 
 log = structlog.get_logger(__name__)
 
@@ -44,7 +48,7 @@ SHORTEST_ID = 8
 class RepositoryTarget(Target):
     """See the contract, `Target`. `password` reads the password; it blocks, and raises TargetError."""
 
-    granule_bytes = CHUNK_BYTES
+    granule_bytes = commands.CHUNK_BYTES
     reads_sinks = False
 
     def __init__(self, name: str, place: str, password: Callable[[], str], *, max_runs: int | None = None) -> None:
@@ -120,11 +124,8 @@ class RepositoryTarget(Target):
         return found
 
     async def _read_vm_json(self, repository: Repository, made: ResticSnapshot) -> Snapshot | None:
-        content = (await repository.files(made)).get(VM_FILE)
-        if content is None:
-            return None
-        text = b"".join(await asyncio.to_thread(list, repository.read_file(content)))
-        return listing.described(made, listing.read_vm_json(text, file=VM_FILE), target=self.name)
+        document = await _vm_json(repository, made)
+        return listing.described(made, document, target=self.name) if document is not None else None
 
     async def look_up(self, wanted: str) -> Snapshot | None:
         if len(wanted) < SHORTEST_ID or not set(wanted) <= set("0123456789abcdef"):
@@ -152,6 +153,11 @@ class RepositoryTarget(Target):
             contents.exported(repository, found, folder) as uris,
         ):
             yield uris
+
+    async def extra_files(self, snapshot: Snapshot) -> list[ExtraFile]:
+        async with self._reading() as repository:
+            document = await _vm_json(repository, await self._made(snapshot)) or {}
+        return extra_files.decode(document.get(extra_files.NAME, []), snapshot=snapshot.id)
 
     async def verify(self, snapshot: Snapshot, *, share: float) -> Verification:
         async with self._contents(snapshot, [disk.disk for disk in snapshot.disks]) as (repository, found):
@@ -222,6 +228,14 @@ class RepositoryTarget(Target):
                 log.warning("repository.unlocked", target=self.name, error=str(error))
             await repository.load_index()
             yield repository
+
+
+async def _vm_json(repository: Repository, made: ResticSnapshot) -> dict[str, Any] | None:
+    content = (await repository.files(made)).get(VM_FILE)
+    if content is None:
+        return None
+    text = b"".join(await asyncio.to_thread(list, repository.read_file(content)))
+    return listing.read_vm_json(text, file=VM_FILE)
 
 
 def _files(repository: Repository, tree: bytes, folder: str = "") -> Iterator[tuple[str, FileContent]]:
