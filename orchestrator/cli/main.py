@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import uvloop
 
 from orchestrator import __version__, config, log
-from orchestrator.cli import backup, daemon, prune, snapshot, status, vm
+from orchestrator.cli import backup, daemon, prune, snapshot, status, target, vm
 from orchestrator.cli import config as config_command
 from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, VmfleeceError
 
@@ -26,12 +26,30 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 QUIET = {"backup": "critical", "job": "critical", "status": "critical"}
 """Their output says it all; other commands show warnings, such as of an unreadable snapshot."""
 
-SNAPSHOT_COMMANDS: dict[str, Command] = {
-    "list": snapshot.list_snapshots,
-    "show": snapshot.show,
-    "protect": snapshot.protect,
-    "forget": snapshot.forget,
+COMMANDS: dict[tuple[str, ...], Command] = {
+    ("daemon",): daemon.daemon,
+    ("vm", "list"): vm.list_vms,
+    ("vm", "show"): vm.show,
+    ("backup",): backup.backup,
+    ("job", "list"): backup.list_jobs,
+    ("job", "run"): backup.run_job,
+    ("status",): status.status,
+    ("snapshot", "list"): snapshot.list_snapshots,
+    ("snapshot", "show"): snapshot.show,
+    ("snapshot", "protect"): snapshot.protect,
+    ("snapshot", "forget"): snapshot.forget,
+    ("restore",): snapshot.restore,
+    ("prune",): prune.prune,
+    ("target", "init"): target.init,
+    ("target", "list"): target.list_targets,
+    ("target", "show"): target.show,
+    ("target", "check"): target.check,
+    ("target", "reclaim"): target.reclaim,
+    ("target", "key", "list"): target.list_keys,
+    ("target", "key", "add"): target.add_key,
+    ("target", "key", "remove"): target.remove_key,
 }
+"""By their words; but `config`, which works without a configuration that is fine."""
 
 OPEN_FILES = 65536
 THREADS = 32
@@ -68,26 +86,10 @@ def _output_was_read() -> bool:
 
 def _run(arguments: argparse.Namespace) -> int:
     path = arguments.config or config.default_path()
-    command: Command
-    match arguments.command:
-        case "config":
-            return _config(arguments, path)
-        case "vm":
-            command = vm.list_vms if arguments.action == "list" else vm.show
-        case "snapshot":
-            command = SNAPSHOT_COMMANDS[arguments.action]
-        case "backup":
-            command = backup.backup
-        case "job":
-            command = backup.list_jobs if arguments.action == "list" else backup.run_job
-        case "prune":
-            command = prune.prune
-        case "restore":
-            command = snapshot.restore
-        case "status":
-            command = status.status
-        case _:
-            command = daemon.daemon
+    if arguments.command == "config":
+        return _config(arguments, path)
+    words = (arguments.command, getattr(arguments, "action", None), getattr(arguments, "key_action", None))
+    command = COMMANDS[tuple(word for word in words if word)]
     loaded = config.load(path)
     serving = arguments.command == "daemon"
     log.configure(
@@ -204,7 +206,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--merge", action="store_true", help="have old ends of chains merged, so that they may go, too"
     )
-    one.add_argument("--dry-run", action="store_true", help="say what would be removed, and why the rest stays")
+    how = one.add_mutually_exclusive_group()
+    how.add_argument("--dry-run", action="store_true", help="say what would be removed, and why the rest stays")
+    how.add_argument(
+        "--reclaim", action="store_true", help="then have restic free what repositories do not need any more"
+    )
     return parser
 
 
@@ -225,6 +231,8 @@ def _add_actions(commands: Any, common: argparse.ArgumentParser, reporting: argp
     one = group.add_parser("run", parents=[common, reporting], help="run one now")
     one.add_argument("job", metavar="JOB")
 
+    _add_target_actions(commands, [common, reporting])
+
     group = commands.add_parser("snapshot", help="what is there").add_subparsers(dest="action", required=True)
     listing = group.add_parser("list", parents=[common, reporting], help="all of them")
     listing.add_argument("--vm", metavar="VM", help="of one VM")
@@ -239,3 +247,34 @@ def _add_actions(commands: Any, common: argparse.ArgumentParser, reporting: argp
     one = group.add_parser("forget", parents=[common, reporting], help="remove some")
     one.add_argument("snapshots", nargs="+", metavar="SNAPSHOT", help="as above")
     one.add_argument("--target", metavar="T", help="look only on this target")
+
+
+def _add_target_actions(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+    group = commands.add_parser("target", help="where backups go").add_subparsers(dest="action", required=True)
+    group.add_parser("list", parents=parents, help="all of them, and what is wrong with any")
+    for name, explanation in (
+        ("init", "make the repository, or the folder"),
+        ("show", "what is in it, and who works on it"),
+        ("check", "have restic check a repository"),
+        ("reclaim", "have restic free what no snapshot needs any more"),
+    ):
+        one = group.add_parser(name, parents=parents, help=explanation)
+        one.add_argument("target", metavar="NAME")
+        if name == "check":
+            one.add_argument("--read-data", action="store_true", help="read all of it, which takes long")
+
+    keys = group.add_parser("key", help="passwords that open a repository")
+    keys = keys.add_subparsers(dest="key_action", required=True)
+    for name, explanation in (("list", "all of them"), ("add", "one more"), ("remove", "one less")):
+        one = keys.add_parser(name, parents=parents, help=explanation)
+        one.add_argument("target", metavar="NAME")
+        if name == "add":
+            one.add_argument(
+                "--new-password-file",
+                type=Path,
+                required=True,
+                metavar="FILE",
+                help="its one line is the password",
+            )
+        if name == "remove":
+            one.add_argument("key", metavar="KEYID", help="its first digits are enough")

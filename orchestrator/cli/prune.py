@@ -1,8 +1,8 @@
-"""`vmfleece prune`."""
+"""`vmfleece prune`: retention, and if that is asked for, having repositories give back space."""
 
 import argparse
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,12 +10,14 @@ from rich.table import Table
 
 from orchestrator.cli import render
 from orchestrator.cli.snapshot import checked_target
-from orchestrator.config import Config
-from orchestrator.errors import EXIT_FAILED, EXIT_OK, ConfigError, StateError
+from orchestrator.cli.target import restic_lines
+from orchestrator.config import Config, TargetDriver
+from orchestrator.errors import EXIT_FAILED, EXIT_OK, ConfigError, StateError, VmfleeceError
 from orchestrator.run.prune import Pruned
 from orchestrator.run.prune import prune as prune_vm
 from orchestrator.service import engine
 from orchestrator.state import lock
+from orchestrator.target.repository import upkeep
 from orchestrator.units import format_size
 
 
@@ -35,12 +37,30 @@ async def prune(config: Config, arguments: argparse.Namespace) -> int:
             for target, vm in wanted
         ]
     pruned = [one for result in results for one in result.snapshots]
+    if not arguments.json:
+        _print(pruned, dry_run=arguments.dry_run)
+    # Not while we own state_dir: it may take hours, and only the repository itself is closed to others.
+    reclaimed = await _reclaim(config, arguments, dict(wanted)) if arguments.reclaim else []
     if arguments.json:
         rows = [_document(one, dry_run=arguments.dry_run) for one in pruned]
-        render.print_json({"dry_run": arguments.dry_run, "snapshots": rows})
-    else:
-        _print(pruned, dry_run=arguments.dry_run)
-    return EXIT_FAILED if any(one.error for one in pruned) else EXIT_OK
+        render.print_json({"dry_run": arguments.dry_run, "snapshots": rows, "reclaimed": reclaimed})
+    failed = any(one.error for one in pruned) or any(row["error"] for row in reclaimed)
+    return EXIT_FAILED if failed else EXIT_OK
+
+
+async def _reclaim(config: Config, arguments: argparse.Namespace, targets: Iterable[str]) -> list[dict[str, Any]]:
+    """Have each repository among the targets give back space, whatever becomes of the others."""
+    rows: list[dict[str, Any]] = []
+    for name in targets:
+        settings = config.target[name]
+        if settings.driver is TargetDriver.RESTIC:
+            rows.append({"target": name, "error": None})
+            try:
+                await upkeep.reclaim(settings, on_line=restic_lines(arguments))
+            except VmfleeceError as error:
+                rows[-1]["error"] = render.error_json(error)
+                render.complain(error.message, error.hint)
+    return rows
 
 
 def _wanted(config: Config, arguments: argparse.Namespace) -> list[tuple[str, str]]:

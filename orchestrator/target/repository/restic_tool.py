@@ -77,6 +77,8 @@ async def _started(
         "RESTIC_PASSWORD_FILE": str(password_file),
         "RESTIC_PROGRESS_FPS": PROGRESS_FPS,  # without it, none where there is no terminal
     }
+    if region := os.environ.get("AWS_REGION"):
+        environment["AWS_DEFAULT_REGION"] = region  # which is the only one that it knows
     try:
         return await aio.acquire(
             asyncio.create_subprocess_exec(
