@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import uvloop
 
 from orchestrator import __version__, config, log
-from orchestrator.cli import backup, daemon, prune, snapshot, status, target, vm
+from orchestrator.cli import backup, daemon, export, prune, snapshot, status, target, verify, vm
 from orchestrator.cli import config as config_command
 from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, VmfleeceError
 
@@ -39,6 +39,8 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("snapshot", "protect"): snapshot.protect,
     ("snapshot", "forget"): snapshot.forget,
     ("restore",): snapshot.restore,
+    ("export",): export.export,
+    ("verify",): verify.verify,
     ("prune",): prune.prune,
     ("target", "init"): target.init,
     ("target", "list"): target.list_targets,
@@ -51,6 +53,7 @@ COMMANDS: dict[tuple[str, ...], Command] = {
 }
 """By their words; but `config`, which works without a configuration that is fine."""
 
+SNAPSHOT_HELP = "an id, VM@latest, VM@2026-11-22T02:30, or restic's id"
 OPEN_FILES = 65536
 THREADS = 32
 """Blocking work (fsync, hashing) of several runs side by side."""
@@ -187,8 +190,15 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--full", action="store_true", help="copy everything, whatever is there already")
     one.add_argument("--detach", action="store_true", help="return at once (not available yet)")
 
-    back = commands.add_parser("restore", parents=[common, reporting], help="give disks of a snapshot back")
-    back.add_argument("snapshot", metavar="SNAPSHOT", help="an id, VM@latest or VM@2026-11-22T02:30")
+    _add_reading(commands, [common, reporting])
+    back = commands.add_parser(
+        "restore",
+        parents=[common, reporting],
+        help="give disks of a snapshot back",
+        description="Give disks of a snapshot back, and check them. Interrupted, it leaves no file (on a block"
+        " device, a part of the disk), and the next one starts over.",
+    )
+    back.add_argument("snapshot", metavar="SNAPSHOT", help=SNAPSHOT_HELP)
     which = back.add_mutually_exclusive_group(required=True)
     which.add_argument("--disk", metavar="DISK", help="one disk")
     which.add_argument("--all", action="store_true", help="all disks, into the folder given by --to")
@@ -212,6 +222,30 @@ def _parser() -> argparse.ArgumentParser:
         "--reclaim", action="store_true", help="then have restic free what repositories do not need any more"
     )
     return parser
+
+
+def _add_reading(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+    one = commands.add_parser("export", parents=parents, help="serve disks of a snapshot by NBD, read-only")
+    one.add_argument("snapshot", metavar="SNAPSHOT", help=SNAPSHOT_HELP)
+    one.add_argument("--disk", action="append", metavar="DISK", help="only this one; may be given several times")
+    one.add_argument("--target", metavar="T", help="look only on this target")
+
+    one = commands.add_parser("verify", parents=parents, help="read snapshots back, and check all hashes")
+    one.add_argument("snapshots", nargs="*", metavar="SNAPSHOT", help="as above; none: all")
+    one.add_argument("--target", metavar="T", help="only on one target")
+    one.add_argument("--vm", metavar="VM", help="of all, only those of one VM")
+    one.add_argument(
+        "--sample", type=_share, default=1.0, metavar="PERCENT", help="so much of each, at random, such as 10%%"
+    )
+
+
+def _share(given: str) -> float:
+    """A share from above 0% to 100%, as a number up to 1."""
+    with contextlib.suppress(ValueError):
+        share = float(given.removesuffix("%")) / 100
+        if given.endswith("%") and 0 < share <= 1:
+            return share
+    raise argparse.ArgumentTypeError(f"{given!r} is no share above 0% up to 100%, such as 10%")
 
 
 def _add_actions(commands: Any, common: argparse.ArgumentParser, reporting: argparse.ArgumentParser) -> None:

@@ -21,7 +21,7 @@ from orchestrator.units import format_size
 
 async def list_snapshots(config: Config, arguments: argparse.Namespace) -> int:
     """What is on the targets, by VM and oldest first."""
-    found = await _snapshots(_targets(config, arguments.target), arguments.vm)
+    found = await list_all(checked_targets(config, arguments.target), arguments.vm)
     if arguments.json:
         render.print_json({"snapshots": [_document(snapshot) for snapshot in found]})
         return EXIT_OK
@@ -45,8 +45,7 @@ async def list_snapshots(config: Config, arguments: argparse.Namespace) -> int:
 
 async def show(config: Config, arguments: argparse.Namespace) -> int:
     """One snapshot."""
-    found = await _snapshots(_targets(config, arguments.target), None)
-    snapshot = find(found, arguments.snapshot)
+    snapshot = await the_snapshot(checked_targets(config, arguments.target), arguments.snapshot)
     if arguments.json:
         render.print_json(_document(snapshot))
         return EXIT_OK
@@ -60,7 +59,7 @@ async def show(config: Config, arguments: argparse.Namespace) -> int:
     table = Table("DISK", "SIZE", "STORED", "BASED ON", "SHA-256", box=None, pad_edge=False)
     for disk in snapshot.disks:
         sizes = (format_size(disk.size_bytes), format_size(disk.stored_bytes))
-        table.add_row(disk.disk, *sizes, disk.parent or "-", disk.sha256)
+        table.add_row(disk.disk, *sizes, disk.parent or "-", disk.sha256 or "-")
     render.print_table(table)
     if snapshot.parents:
         render.print_line("SHA-256 of a disk that is based on another snapshot: of its image, not of its content")
@@ -69,8 +68,8 @@ async def show(config: Config, arguments: argparse.Namespace) -> int:
 
 async def protect(config: Config, arguments: argparse.Namespace) -> int:
     """Keep a snapshot whatever retention says, or stop doing so."""
-    targets = _targets(config, arguments.target)
-    snapshot = _the_one(await _snapshots(targets, None), arguments.snapshot)
+    targets = checked_targets(config, arguments.target)
+    snapshot = _the_one(await list_all(targets, None), arguments.snapshot)
     snapshot = await targets[snapshot.target].protect(snapshot, protected=not arguments.off)
     if arguments.json:
         render.print_json(_document(snapshot))
@@ -81,8 +80,8 @@ async def protect(config: Config, arguments: argparse.Namespace) -> int:
 
 async def forget(config: Config, arguments: argparse.Namespace) -> int:
     """Remove the snapshots that are named, each by itself; all names are checked before the first is removed."""
-    targets = _targets(config, arguments.target)
-    found = await _snapshots(targets, None)
+    targets = checked_targets(config, arguments.target)
+    found = await list_all(targets, None)
     wanted = {snapshot.id: snapshot for snapshot in (_the_one(found, name) for name in arguments.snapshots)}
     rows: list[dict[str, Any]] = []
     # What is based on others goes before them.
@@ -107,13 +106,13 @@ async def forget(config: Config, arguments: argparse.Namespace) -> int:
 
 async def restore(config: Config, arguments: argparse.Namespace) -> int:
     """Give one disk back, or all of them into a folder."""
-    targets = _targets(config, arguments.target)
-    snapshot = find(await _snapshots(targets, None), arguments.snapshot)
+    targets = checked_targets(config, arguments.target)
+    snapshot = await the_snapshot(targets, arguments.snapshot)
     to = arguments.to
     if arguments.all:
         if not await asyncio.to_thread(to.is_dir):
             raise TargetError(f"--to {to} is no folder", hint="with --all, give a folder", code="restore-path")
-        wanted = {disk.disk: to / f"{disk.disk}.{arguments.format}" for disk in snapshot.disks}
+        wanted = {disk.disk: to / _file_name(disk.disk, arguments.format) for disk in snapshot.disks}
     else:
         wanted = {arguments.disk: to}
     restored = []
@@ -137,7 +136,13 @@ async def restore(config: Config, arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _targets(config: Config, name: str | None) -> dict[str, Target]:
+def _file_name(disk: str, image_format: str) -> str:
+    """What a disk that may be called by a path is called in one folder."""
+    return f"{disk.strip('/').replace('/', '_')}.{image_format}"
+
+
+def checked_targets(config: Config, name: str | None) -> dict[str, Target]:
+    """All targets by name, or only the one that is named. Raises ConfigError as `checked_target`."""
     targets = engine.targets(config)
     if name is None:
         return targets
@@ -165,7 +170,21 @@ def _the_one(snapshots: Iterable[Snapshot], wanted: str) -> Snapshot:
     return snapshot
 
 
-async def _snapshots(targets: dict[str, Target], vm: str | None) -> list[Snapshot]:
+async def the_snapshot(targets: dict[str, Target], wanted: str) -> Snapshot:
+    """As `find`, for reading only: also one that is not listed, if a target knows it by that name."""
+    try:
+        return find(await list_all(targets, None), wanted)
+    except TargetError as error:
+        if error.code != "no-snapshot":
+            raise
+        for target in targets.values():
+            if (snapshot := await target.look_up(wanted)) is not None:
+                return snapshot
+        raise
+
+
+async def list_all(targets: dict[str, Target], vm: str | None) -> list[Snapshot]:
+    """All snapshots on some targets, or those of one VM."""
     return [snapshot for target in targets.values() for snapshot in await target.snapshots(vm)]
 
 

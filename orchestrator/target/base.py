@@ -37,6 +37,7 @@ _DISK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _TIME = re.compile(
     r"\d{4}-?\d\d-?\d\d(?:[T ](\d\d(?::?\d\d){0,2}(?:\.\d+)?)(?:Z|[+-]\d\d(?::?\d\d)?)?)?", re.ASCII
 )
+_RESTIC_ID = re.compile(r"[0-9a-f]{8,64}", re.ASCII)
 _PRECISIONS = {0: timedelta(days=1), 2: timedelta(hours=1), 4: timedelta(minutes=1)}
 """What a time leaves open, by how many digits of the clock it gives."""
 
@@ -305,13 +306,18 @@ def protected_error(snapshot: Snapshot) -> TargetError:
 
 
 def find(snapshots: Iterable[Snapshot], wanted: str) -> Snapshot:
-    """The snapshot that an operator means: an id, `VM@latest`, or `VM@TIME`. Raises TargetError.
+    """The snapshot that an operator means: an id, `VM@latest`, `VM@TIME`, or restic's id. Raises TargetError.
 
-    TIME is ISO 8601, local if it has no zone: the newest snapshot not later than it (to the precision given).
+    TIME is ISO 8601, local if it has no zone: the newest snapshot not later than it (to the precision given). Of
+    restic's id, the first eight digits are enough.
     """
     known = list(snapshots)
     vm, at, when = wanted.partition("@")
-    if not at:
+    if _RESTIC_ID.fullmatch(wanted):
+        candidates = [one for one in known if str(one.details.get("restic", "")).startswith(wanted)]
+        if len({one.id for one in candidates}) > 1:
+            raise TargetError(f"several snapshots begin with {wanted}", hint="give more of its digits")
+    elif not at:
         candidates = [snapshot for snapshot in known if snapshot.id == wanted]
     else:
         candidates = [snapshot for snapshot in known if snapshot.vm == vm]
