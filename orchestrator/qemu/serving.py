@@ -15,8 +15,11 @@ from orchestrator.qemu import tools
 READERS = 16
 START_SECONDS = 30.0
 _GREETING = b"NBDMAGIC"
-_ACTIVATED = 'exec 3<&0 </dev/null; export LISTEN_FDS=1 LISTEN_PID=$$; exec "$@"'
-"""Starts a program with a listening socket, as systemd does: who connects waits until it is ready."""
+_ACTIVATED = 'exec 3<&0 </dev/null; export LISTEN_FDS=1 LISTEN_PID=$$; exec setpriv --pdeathsig KILL "$@"'
+"""Starts a program with a listening socket, as systemd does: who connects waits until it is ready.
+
+It does not outlive this process, even if that is killed.
+"""
 _NOT_FOUND = 127
 
 
