@@ -35,19 +35,19 @@ async def served(image: Path, *, at: Path, export: str) -> AsyncIterator[str]:
     It can be connected to. Raises ToolError.
     """
     options = ["--read-only", "--persistent", f"--shared={READERS}", "--format=qcow2", f"--export-name={export}"]
-    with tempfile.TemporaryFile() as words:
-        with _listening(at) as listening:
-            process = await aio.acquire(
-                asyncio.create_subprocess_exec(
-                    *("sh", "-c", _ACTIVATED, "sh", "qemu-nbd", *options, str(image)),
-                    stdin=listening.fileno(),
-                    stdout=asyncio.subprocess.DEVNULL,
-                    stderr=words.fileno(),  # nobody reads a pipe while it serves
-                    start_new_session=True,  # Ctrl-C at a terminal is for us
-                ),
-                tools.end,
-            )
+    with tempfile.TemporaryFile() as words, _listening(at) as listening:
+        process = await aio.acquire(
+            asyncio.create_subprocess_exec(
+                *("sh", "-c", _ACTIVATED, "sh", "qemu-nbd", *options, str(image)),
+                stdin=listening.fileno(),
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=words.fileno(),  # nobody reads a pipe while it serves
+                start_new_session=True,  # Ctrl-C at a terminal is for us
+            ),
+            tools.end,
+        )
         try:
+            listening.close()  # who connects learns it if qemu-nbd ends
             if not await _greets(at):
                 await aio.finish(tools.end(process))
                 if process.returncode == _NOT_FOUND:
@@ -57,23 +57,22 @@ async def served(image: Path, *, at: Path, export: str) -> AsyncIterator[str]:
             yield uri(at, export)
         finally:
             await aio.finish(tools.end(process))
-            _remove(at)
 
 
 @contextlib.contextmanager
 def _listening(at: Path) -> Iterator[socket.socket]:
+    """A socket that listens at a path, which is gone after the block."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
         try:
             listening.bind(str(at))
-            at.chmod(0o600)
-            listening.listen(READERS)
         except OSError as error:
             raise ToolError(f"no NBD server can listen at {at}: {error}") from error
-        yield listening
-
-
-def _remove(at: Path) -> None:
-    at.unlink(missing_ok=True)
+        try:
+            at.chmod(0o600)
+            listening.listen(READERS)
+            yield listening
+        finally:
+            at.unlink(missing_ok=True)
 
 
 async def _greets(at: Path) -> bool:

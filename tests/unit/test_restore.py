@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -180,6 +181,29 @@ async def test_a_damaged_image_of_a_chain_is_named(points: Points, out: Path, nu
     for whole in snapshots[:number]:
         await restore(target, whole, "vda", to=out / "vda.img", image_format="raw")
         (out / "vda.img").unlink()
+
+
+@pytest.mark.parametrize(("number", "harm"), [(BASE, "a data byte"), (MIDDLE, "the last byte"), (LAST, "cut")])
+async def test_verifying_names_what_is_damaged_and_goes_on(points: Points, number: int, harm: str) -> None:
+    target, snapshots, _ = points
+    await asyncio.to_thread(HARMS[harm], target.path / snapshots[number].id / "vda.qcow2")
+    also = target.path / snapshots[LAST].id / "vda.qcow2"
+    await asyncio.to_thread(HARMS["longer"], also)
+    for place, snapshot in enumerate(snapshots):
+        found = await target.verify(snapshot, share=1.0)
+        named = {problem.split()[7] for problem in found.problems}
+        assert named == {snapshots[one].id for one in {number, LAST} if one <= place}
+        assert found.checked_bytes == found.total_bytes
+
+
+async def test_a_chain_that_is_not_complete_is_a_problem_of_its_verification(points: Points) -> None:
+    target, snapshots, _ = points
+    await asyncio.to_thread(shutil.rmtree, target.path / snapshots[BASE].id)
+    found = await target.verify(snapshots[LAST], share=1.0)
+    assert found.checked_bytes == 0
+    assert found.problems == (
+        f"snapshot {snapshots[MIDDLE].id} builds on {snapshots[BASE].id}, which is not there",
+    )
 
 
 async def test_a_flipped_bit_in_the_base_is_found_through_the_chain(target: ImagesTarget, out: Path) -> None:

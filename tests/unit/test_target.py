@@ -313,6 +313,100 @@ async def test_what_is_read_is_not_removed_meanwhile(
         await target.remove(one)
 
 
+async def read_by_nbd(uri: str, to: Path) -> bytes:
+    finished = await aio.run_process(["nbdcopy", uri, str(to)])
+    assert finished.returncode == 0, finished
+    return await asyncio.to_thread(to.read_bytes)
+
+
+@pytest.fixture
+def sockets(tmp_path: Path) -> Path:
+    (tmp_path / "sockets").mkdir(mode=0o700)
+    return tmp_path / "sockets"
+
+
+async def test_disks_are_exported(target: Target, tmp_path: Path, sockets: Path) -> None:
+    names = {"tiny": 512, "odd": MIB + 512, 'with "quotes", and ?': 3 * MIB}
+    made = await snapshot(target, *(disk(name, size) for name, size in list(names.items())[:2]))
+    async with target.exported(made, list(names)[:2], sockets) as uris:
+        assert list(uris) == ["tiny", "odd"]
+        for number, (name, uri) in enumerate(uris.items()):
+            assert await read_by_nbd(uri, tmp_path / name) == content(names[name], number)
+            about = json.loads((await aio.run_process(["nbdinfo", "--json", uri])).stdout)["exports"][0]
+            assert (about["export-name"], about["export-size"], about["is_read_only"]) == (name, names[name], True)
+        modes = {stat.filemode(path.stat().st_mode) for path in sockets.iterdir()}
+        assert modes == {"srw-------"}
+    assert seen(sockets) == set()
+    for uri in uris.values():
+        assert (await aio.run_process(["nbdinfo", uri])).returncode != 0
+
+
+async def test_what_is_exported_is_not_removed_meanwhile(target: Target, tmp_path: Path, sockets: Path) -> None:
+    """Each point of a chain, to several readers, and again."""
+    points = await changed_chain(target, MIB, [{1: b"\1" * CLUSTER}, {2: b"\2" * CLUSTER}])
+    for point, data in points:
+        async with target.exported(point, ["vda"], sockets) as uris:
+            reading = [read_by_nbd(uris["vda"], tmp_path / f"out{number}") for number in range(3)]
+            assert await asyncio.gather(*reading) == [data] * 3
+            for one, _ in points:
+                if one.created <= point.created:
+                    assert (await refused(target.remove(one))).code == "needed"
+    for point, _ in reversed(points):
+        await target.remove(point)
+
+
+async def test_an_export_ends_with_its_block_however_that_ends(target: Target, sockets: Path) -> None:
+    made = await snapshot(target, disk("vda"), disk("vdb"))
+    serving = asyncio.Event()
+    known: list[str] = []
+
+    async def serve() -> None:
+        async with target.exported(made, ["vda", "vdb"], sockets) as uris:
+            known.extend(uris.values())
+            serving.set()
+            await asyncio.Event().wait()
+
+    for stage in range(12):
+        serving.clear()
+        task = asyncio.create_task(serve())
+        if stage:
+            await asyncio.sleep(0.002 * stage * stage)
+        else:
+            await serving.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert seen(sockets) == set()
+    for uri in known:
+        assert (await aio.run_process(["nbdinfo", uri])).returncode != 0
+    await target.remove(made)
+
+
+async def test_what_is_gone_cannot_be_exported_nor_verified(target: Target, sockets: Path) -> None:
+    made = await snapshot(target)
+    with pytest.raises(TargetError, match="has no disk 'vdz'"):
+        async with target.exported(made, ["vdz"], sockets):
+            pass
+    await target.remove(made)
+    with pytest.raises(TargetError) as gone:
+        async with target.exported(made, ["vda"], sockets):
+            pass
+    assert gone.value.code == "no-snapshot"
+    assert (await refused(target.verify(made, share=1.0))).code == "no-snapshot"
+    assert seen(sockets) == set()
+
+
+async def test_what_is_right_is_verified(target: Target) -> None:
+    sizes = {"vda": MIB, "vdb": 3 * MIB, "vdc": 512}
+    made = await snapshot(target, *(disk(name, size) for name, size in sizes.items()))
+    found = await target.verify(made, share=1.0)
+    assert found.problems == ()
+    assert found.checked_bytes == found.total_bytes > 0
+    some = await target.verify(made, share=0.01)
+    assert some.problems == ()
+    assert 0 < some.checked_bytes < some.total_bytes == found.total_bytes
+
+
 async def test_what_is_gone_cannot_be_extracted(target: Target, root: Path, tmp_path: Path) -> None:
     first, second = await chain(target, 2)
     await target.remove(second)

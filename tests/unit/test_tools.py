@@ -3,12 +3,15 @@
 import asyncio
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from orchestrator.errors import ToolError
-from orchestrator.qemu import tools
+from orchestrator.qemu import serving, tools
+
+MIB = 1 << 20
 
 
 def image(path: Path, content: bytes = b"vmfleece" * 1000) -> Path:
@@ -102,3 +105,92 @@ async def test_writing_back_bears_what_cannot_be_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     paths = [image(tmp_path / "a.raw"), tmp_path / "absent", tmp_path, tmp_path / "fifo"]
     tools.write_back(map(str, paths))
+
+
+# --- serving ---
+
+
+async def test_an_image_is_served_for_the_block(tmp_path: Path) -> None:
+    raw = image(tmp_path / "a.raw", os.urandom(MIB))
+    await tools.convert(raw, "raw", tmp_path / "a.qcow2", "qcow2", into_existing=False)
+    async with serving.served(tmp_path / "a.qcow2", at=tmp_path / "s s?", export="d&?ü") as uri:
+        await tools.convert(uri, "raw", tmp_path / "b.raw", "raw", into_existing=False)
+    assert (tmp_path / "b.raw").read_bytes() == raw.read_bytes()
+    assert not (tmp_path / "s s?").exists()
+
+
+async def test_what_cannot_be_served_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = image(tmp_path / "a.raw")
+    for path, why in ((raw, "not in qcow2 format"), (tmp_path / "absent", "No such file")):
+        with pytest.raises(ToolError, match=f"cannot serve {path}: .*{why}"):
+            async with serving.served(path, at=tmp_path / "s", export=""):
+                pass
+    with pytest.raises(ToolError, match=r"no NBD server can listen at .*too long"):
+        async with serving.served(raw, at=tmp_path / ("s" * 200), export=""):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["a.raw"]
+    for program in ("sh", "setpriv"):
+        (tmp_path / program).symlink_to(str(shutil.which(program)))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ToolError, match="qemu-nbd is not installed") as missing:
+        async with serving.served(raw, at=tmp_path / "s", export=""):
+            pass
+    assert missing.value.code == "tool-missing"
+
+
+# --- reading back ---
+
+
+class Fed:
+    """Keeps what it is fed."""
+
+    def __init__(self) -> None:
+        self.content = b""
+
+    def update(self, piece: memoryview) -> None:
+        self.content += piece
+
+
+@pytest.mark.parametrize("size", [0, 512, MIB, 3 * MIB + 512])
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+async def test_reading_back_feeds_all_in_order(tmp_path: Path, size: int, image_format: str) -> None:
+    content = os.urandom(size)
+    path = image(tmp_path / "a.raw", content)
+    if image_format == "qcow2":
+        path = tmp_path / "a.qcow2"
+        await tools.convert(tmp_path / "a.raw", "raw", path, "qcow2", into_existing=False)
+    fed = Fed()
+    assert await tools.read_back(path, image_format, fed.update) == hashlib.sha256(content).hexdigest()
+    assert fed.content == content
+
+
+async def test_only_the_beginning_is_read_back(tmp_path: Path) -> None:
+    path = image(tmp_path / "a.raw", os.urandom(3 * MIB))
+    for size in (0, 1, MIB, 2 * MIB + 7, 3 * MIB, 4 * MIB):
+        fed, wanted = Fed(), path.read_bytes()[:size]
+        digest = await tools.read_back(path, "raw", fed.update, size_bytes=size)
+        assert (fed.content, digest) == (wanted, hashlib.sha256(wanted).hexdigest())
+
+
+async def test_cancelled_reading_back_ends_soon(tmp_path: Path) -> None:
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(1 << 40)
+    fed: list[int] = []
+    task = asyncio.create_task(tools.read_back(tmp_path / "large", "raw", lambda piece: fed.append(len(piece))))
+    await asyncio.sleep(0.1)
+    task.cancel()
+    async with asyncio.timeout(5):
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert fed
+    count = len(fed)
+    await asyncio.sleep(0.05)
+    assert len(fed) == count
+
+
+async def test_an_error_of_who_takes_it_comes_out(tmp_path: Path) -> None:
+    def fail(_piece: memoryview) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await tools.read_back(image(tmp_path / "a.raw", bytes(3 * MIB)), "raw", fail)
