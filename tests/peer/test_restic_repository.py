@@ -207,6 +207,28 @@ async def test_incrementals_and_what_prune_leaves(restic: Restic, repository: Re
     assert restic.run("dump", hexadecimal(third), "/vda.raw") == first
 
 
+@pytest.mark.parametrize("missing", [True, False])
+async def test_what_a_lost_pack_held_is_written_anew(
+    restic: Restic, repository: Repository, missing: bool
+) -> None:
+    first = await backup(repository, {"vda": disk(1)})
+    largest = max((restic.folder / "data").rglob("*"), key=lambda path: path.stat().st_size)
+    if missing:
+        largest.unlink()
+    else:
+        os.truncate(largest, 9 * MIB)
+    opened = await Repository.open(DirectoryBackend(restic.folder), PASSWORD)
+    second = await backup(opened, {"vda": disk(1)}, 1)
+    assert opened.lacking == (bytes.fromhex(largest.name),)
+    for made in (first, second):
+        assert await content_of(await reopened(restic), made) == disk(1)
+    largest.unlink(missing_ok=True)  # restic itself asks for 15 minutes for a pack that its index lists
+    restic.run(*(["rebuild-index"] if restic.version == "0.14" else ["repair", "index"]))
+    assert "no errors were found" in restic.run("check", "--read-data").decode()
+    for made in (first, second):
+        assert restic.run("dump", hexadecimal(made), "/vda.raw") == disk(1)
+
+
 async def test_what_we_forget_prune_frees(restic: Restic, repository: Repository) -> None:
     old, new = await backup(repository, {"vda": disk(1)}), await backup(repository, {"vda": disk(2)}, 1)
     await repository.forget(old)

@@ -6,12 +6,14 @@
         writer = repository.writer(lock)
 
 Reading is checked to the last byte: by names, authentication codes, lengths and hashes; what does not fit is
-Damaged. Methods that block say so, and may be called from any thread. Cancelling the others leaves the
+Damaged. What a pack held that is gone or cut off counts as not there, so the next snapshot that needs it writes it
+anew. Methods that block say so, and may be called from any thread. Cancelling the others leaves the
 repository as it is or waits until they are done.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -31,6 +33,8 @@ from orchestrator.target.restic.tree import FileContent, Node
 from orchestrator.target.restic.writer import Writer
 
 T = TypeVar("T")
+READERS = 8
+"""So many index files are read side by side, some MiB each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +53,15 @@ class Listing:
 
 
 class Repository:
-    """See the module."""
+    """See the module. `lacking`: ids of packs that index files list, and that are not there as a whole."""
 
     def __init__(self, backend: Backend, opened: Opened) -> None:
         self._backend = backend
         self._opened = opened
         self._key = opened.key
         self._index = BlobIndex()
+        self._lacking = BlobIndex()
+        self.lacking: tuple[bytes, ...] = ()
         self._snapshots: dict[bytes, ResticSnapshot] = {}
 
     def __repr__(self) -> str:
@@ -98,10 +104,11 @@ class Repository:
         return await _finish(lock.remove_abandoned, self._backend, self._key)
 
     async def load_index(self) -> None:
-        """Learn from all index files where blobs are, instead of what was known. Raises Damaged, BackendError."""
-        index = BlobIndex()
-        await asyncio.to_thread(lambda: index.load(self._listed()))
-        self._index = index
+        """Learn from all index files where blobs are, instead of what was known; `lacking` are left out.
+
+        Raises Damaged for an index file that cannot be read, BackendError.
+        """
+        await asyncio.to_thread(self._load_index)
 
     def writer(self, held: Lock, **options: Any) -> Writer:
         """What writes a snapshot while the lock is held, and the index is loaded. `options`: `Writer`."""
@@ -120,10 +127,12 @@ class Repository:
     def read_blob(self, identity: bytes, kind: BlobKind = BlobKind.DATA) -> bytes:
         """Return a blob whose hash is its id. Blocks. Raises Damaged if no pack has it any more, BackendError.
 
-        Where one pack is missing or damaged, another one that has the blob is read.
+        Where one pack is missing or damaged, another one that has the blob is read, or what is left of one that is
+        cut off.
         """
         failure = Damaged(f"{kind} blob {identity.hex()}", "no index file says where it is")
-        for number, location in enumerate(self._index.find(kind, identity)):
+        locations = self._index.find(kind, identity) + self._lacking.find(kind, identity)
+        for number, location in enumerate(locations):
             try:
                 return self._read_at(location)
             except Damaged as error:
@@ -180,11 +189,31 @@ class Repository:
             raise Damaged(file.path, "it is missing") from None
         return pack.open_blob(sealed, entry, self._key, file=file.path)
 
-    def _listed(self) -> Iterator[Listed]:
-        for file in self._files(Kind.INDEX):
-            content = self._backend.read(file)
-            envelope.check_name(content, identity=file.identity, file=file.path)
-            yield from index_file.open_sealed(content, self._key, file=file.path)
+    def _load_index(self) -> None:
+        files = self._files(Kind.INDEX)  # before the packs, which are written before the index lists them
+        sizes = {stored.file.identity: stored.size_bytes for stored in self._backend.list(Kind.DATA)}
+        index, lacking = BlobIndex(), BlobIndex()
+        packs: dict[bytes, None] = {}
+
+        def whole() -> Iterator[Listed]:
+            for identity, entries in self._listed(files):
+                if sizes.get(identity, -1) >= max((entry.offset + entry.length for entry in entries), default=0):
+                    yield identity, entries
+                elif identity not in packs:
+                    packs[identity] = None
+                    lacking.add(identity, entries)
+
+        index.load(whole())
+        self._index, self._lacking, self.lacking = index, lacking, tuple(packs)
+
+    def _listed(self, files: list[File]) -> Iterator[Listed]:
+        """The packs that index files list, which are read a few at a time."""
+        with ThreadPoolExecutor(READERS) as pool:
+            for at in range(0, len(files), READERS):
+                batch = files[at : at + READERS]
+                for file, content in zip(batch, pool.map(self._backend.read, batch), strict=True):
+                    envelope.check_name(content, identity=file.identity, file=file.path)
+                    yield from index_file.open_sealed(content, self._key, file=file.path)
 
     def _files(self, kind: Kind) -> list[File]:
         """Where nothing is listed, the repository itself may be gone: a mount, say. That is not to look empty."""
