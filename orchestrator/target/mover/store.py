@@ -33,7 +33,11 @@ class RepositoryStore(ChunkStore):
         return await self._in_thread(lambda: self._writer.add_chunk(memoryview(content)))
 
     async def get(self, chunk: bytes) -> bytes:
-        return await self._in_thread(lambda: self._repository.read_blob(chunk))
+        def read() -> bytes:
+            pending = self._writer.read_pending(chunk)
+            return self._repository.read_blob(chunk) if pending is None else pending
+
+        return await self._in_thread(read)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         # Finished in any case: the buffer that a thread reads must not be used for something else meanwhile.

@@ -93,7 +93,7 @@ def seal_blob(kind: BlobKind, identity: bytes, plain: bytes | memoryview, key: K
     return SealedBlob(kind, identity, key.seal(plain), None)
 
 
-def open_blob(sealed: bytes, entry: Entry, key: Key, *, file: str) -> bytes:
+def open_blob(sealed: bytes | bytearray, entry: Entry, key: Key, *, file: str) -> bytes:
     """Return a blob's content, which is what its id says. Raises Damaged that names `file`, the pack."""
     where = f"the blob at {entry.offset} in {file}"
     if len(sealed) != entry.length:
@@ -123,11 +123,16 @@ class PackBuilder:
         """Whether it has reached the size that packs are to have."""
         return len(self._content) >= self._target_bytes
 
-    def add(self, blob: SealedBlob) -> None:
-        """Put a blob at its end."""
+    def add(self, blob: SealedBlob) -> Entry:
+        """Put a blob at its end; return where it is."""
         entry = Entry(blob.kind, blob.identity, len(self._content), len(blob.sealed), blob.plain_bytes)
         self._entries.append(entry)
         self._content += blob.sealed
+        return entry
+
+    def sealed(self, entry: Entry) -> bytearray:
+        """Return a copy of a blob in it. May be called at any time, from any thread."""
+        return self._content[entry.offset : entry.offset + entry.length]
 
     def finish(self, key: Key) -> Pack:
         """Return the pack. It must have a blob, and cannot be used afterwards."""

@@ -27,7 +27,7 @@ from orchestrator.target.restic.backend.base import Backend, Content, File, Kind
 from orchestrator.target.restic.blob_index import BlobIndex
 from orchestrator.target.restic.crypto import Key
 from orchestrator.target.restic.lock import Lock
-from orchestrator.target.restic.pack import CHUNK_BYTES, BlobKind, Pack, PackBuilder
+from orchestrator.target.restic.pack import CHUNK_BYTES, BlobKind, Entry, Pack, PackBuilder
 from orchestrator.target.restic.snapshot import ResticSnapshot
 from orchestrator.target.restic.tree import FileContent, FileNode
 from orchestrator.units import MIB
@@ -46,6 +46,14 @@ class Written:
     tree_blobs: int = 0
     added_bytes: int = 0
     added_packed_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A blob that is not saved yet: how long it is, and where it is once it is sealed."""
+
+    plain_bytes: int
+    at: tuple[PackBuilder, Entry] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +82,10 @@ class Writer:
         self._backend, self._key, self._index, self._lock = backend, key, index, lock
         self._pack_bytes = pack_bytes
         self._turn = threading.Lock()
+        self._sealed = threading.Condition(self._turn)
         self._busy = 0
         self._broken: BaseException | None = None
-        self._pending: dict[tuple[BlobKind, bytes], int] = {}  # being written: their lengths
+        self._pending: dict[tuple[BlobKind, bytes], _Pending] = {}
         self._open: list[PackBuilder] = []  # those that no thread is filling right now
         self._unsaved: list[_Unsaved] = []
         self._unlisted: list[Pack] = []  # saved, and in no index file yet
@@ -89,6 +98,20 @@ class Writer:
         may be called from any thread.
         """
         return self._add(BlobKind.DATA, chunk)
+
+    def read_pending(self, identity: bytes) -> bytes | None:
+        """Return a chunk that was added and is not saved yet; None if it is not pending. Blocks; from any thread.
+
+        Where it was pending it is in the index as soon as it is not any more.
+        """
+        with self._turn:
+            while (pending := self._pending.get((BlobKind.DATA, identity))) is not None and pending.at is None:
+                self._check_broken()
+                self._sealed.wait()
+        if pending is None or pending.at is None:
+            return None
+        builder, entry = pending.at
+        return pack.open_blob(builder.sealed(entry), entry, self._key, file="a pack that is not saved yet")
 
     async def write_file_tree(self, files: Mapping[str, FileContent], vm_json: bytes, modified: datetime) -> bytes:
         """Write the tree of `files` by name and of `vm.json`, and return its id.
@@ -148,7 +171,7 @@ class Writer:
         with self._turn:
             pending = self._pending.get((BlobKind.DATA, identity))
         if pending is not None:
-            return pending
+            return pending.plain_bytes
         for location in self._index.find(BlobKind.DATA, identity):
             return location.entry.content_bytes
         raise ValueError(f"no such chunk: {identity.hex()}")
@@ -161,17 +184,16 @@ class Writer:
             with self._turn:
                 if (kind, identity) in self._pending or self._index.has(kind, identity):
                     return identity, 0
-                self._pending[kind, identity] = len(plain)
+                pending = self._pending[kind, identity] = _Pending(len(plain))
             blob = pack.seal_blob(kind, identity, plain, self._key)
-            self._put(blob, len(plain))
+            self._put(blob, pending)
             return identity, len(blob.sealed)
 
     @contextlib.contextmanager
     def _working(self) -> Iterator[None]:
         """What fails other than saving (no memory) may have lost a chunk that others rely on: all fails then."""
         with self._turn:
-            if self._broken is not None:
-                raise TargetError("an earlier part of the snapshot could not be made") from self._broken
+            self._check_broken()
             self._busy += 1
         try:
             yield
@@ -183,17 +205,24 @@ class Writer:
         finally:
             with self._turn:
                 self._busy -= 1
+                self._sealed.notify_all()
 
-    def _put(self, blob: pack.SealedBlob, plain_bytes: int) -> None:
+    def _check_broken(self) -> None:
+        if self._broken is not None:
+            raise TargetError("an earlier part of the snapshot could not be made") from self._broken
+
+    def _put(self, blob: pack.SealedBlob, pending: _Pending) -> None:
         builder = self._take(blob.kind)
-        builder.add(blob)
+        entry = builder.add(blob)
         full = builder.full  # before it is given back: then another thread may be filling it
         with self._turn:
+            pending.at = builder, entry
+            self._sealed.notify_all()
             if not full:
                 self._open.append(builder)
             self.written.data_blobs += blob.kind is BlobKind.DATA
             self.written.tree_blobs += blob.kind is BlobKind.TREE
-            self.written.added_bytes += plain_bytes
+            self.written.added_bytes += pending.plain_bytes
             self.written.added_packed_bytes += len(blob.sealed)
         if full:
             self._close(builder)
