@@ -222,3 +222,38 @@ class Kept(Generic[T]):
 
     async def _left(self) -> None:
         await self._task
+
+
+class SharedLock:
+    """Held by many at once, or by one alone, who comes before all that ask after it."""
+
+    def __init__(self) -> None:
+        self._holders = 0
+        self._alone = asyncio.Lock()
+        self._nobody = asyncio.Event()
+        self._nobody.set()
+
+    @property
+    def taken(self) -> bool:
+        """Whether somebody has it alone, or waits for that: others wait."""
+        return self._alone.locked()
+
+    @contextlib.asynccontextmanager
+    async def shared(self) -> AsyncIterator[None]:
+        """Hold it beside others, for the block."""
+        async with self._alone:
+            self._holders += 1
+            self._nobody.clear()
+        try:
+            yield
+        finally:
+            self._holders -= 1
+            if not self._holders:
+                self._nobody.set()
+
+    @contextlib.asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Hold it with nobody beside, for the block."""
+        async with self._alone:
+            await self._nobody.wait()
+            yield

@@ -130,6 +130,8 @@ def run_async(command: Coroutine[Any, Any, int]) -> int:
 
         for number in SIGNALS:
             loop.add_signal_handler(number, cancel)
+        # `restic unlock` sends it to whoever holds a lock, as we do while we read a repository.
+        loop.add_signal_handler(signal.SIGHUP, lambda: None)
         return await command
 
     _allow_open_files()

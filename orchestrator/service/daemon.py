@@ -13,7 +13,7 @@ from orchestrator import aio
 from orchestrator.config import Config
 from orchestrator.errors import ConfigError
 from orchestrator.model import Phase, Progress
-from orchestrator.service import engine, scheduler, systemd
+from orchestrator.service import engine, reclaim, scheduler, systemd
 
 log = structlog.get_logger(__name__)
 
@@ -37,7 +37,8 @@ async def serve(config: Config) -> None:
             await opened.run_job(job, on_progress=status.update)
 
         jobs = [scheduler.serve(job, run, opened.catalogue) for job in config.job.values()]
-        async with aio.background(systemd.watchdog(), *jobs):
+        reclaims = [reclaim.serve(target, opened.gates[name]) for name, target in config.target.items()]
+        async with aio.background(systemd.watchdog(), *jobs, *reclaims):
             log.info("daemon.ready", pid=os.getpid(), vms=len(config.vm), jobs=len(config.job))
             systemd.notify(READY="1", STATUS=f"{len(config.job)} jobs, no run under way")
             await stop.wait()

@@ -24,7 +24,7 @@ from orchestrator.admission.ledger.sqlite import SqliteLedger
 from orchestrator.config import Config
 from orchestrator.config.settings import TargetDriver, TargetSettings
 from orchestrator.errors import NobodyThere, StorageError, VmfleeceError
-from orchestrator.model import Progress, RunOptions, RunResult
+from orchestrator.model import Phase, Progress, RunOptions, RunResult
 from orchestrator.qemu import qmp
 from orchestrator.run import survey
 from orchestrator.run.backup import Connect, Means, back_up, new_run_id
@@ -148,6 +148,8 @@ class Engine:
             is_ours=self.catalogue.knows,
             connect=connect,
         )
+        self.gates = {name: aio.SharedLock() for name in config.target}
+        """Held by each run to a target; alone by who frees space there."""
         self._vm_locks: dict[str, asyncio.Lock] = {}
         self._live: dict[str, overview.Live] = {}
 
@@ -194,16 +196,23 @@ class Engine:
                 live.progress = progress
                 on_progress(progress)
 
+            gate = self.gates[options.target]
             try:
-                await asyncio.to_thread(self.catalogue.begin, run, vm, options.job, started)
-                result = await back_up(
-                    configured,
-                    options,
-                    self._means,
-                    run=run,
-                    on_progress=progressed,
-                    on_cancelled=self.catalogue.finish,
-                )
+                if gate.taken:
+                    waits_for = f"target {options.target}: the space of forgotten snapshots is being freed"
+                    with structlog.contextvars.bound_contextvars(vm=vm, run=run):
+                        log.info("run.queued", reasons=[waits_for], obstacles=[])
+                    progressed(Progress(vm, run, Phase.QUEUED, waits_for=waits_for))
+                async with gate.shared():
+                    await asyncio.to_thread(self.catalogue.begin, run, vm, options.job, started)
+                    result = await back_up(
+                        configured,
+                        options,
+                        self._means,
+                        run=run,
+                        on_progress=progressed,
+                        on_cancelled=self.catalogue.finish,
+                    )
             finally:
                 del self._live[run]
             await asyncio.to_thread(self.catalogue.finish, result)

@@ -6,7 +6,7 @@ at once if the job says so; a turn that comes while the job's last one is still 
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 
 import structlog
@@ -45,6 +45,13 @@ async def serve(job: JobSettings, run: Callable[[str], Awaitable[object]], catal
         if overlapped is not None and overlapped <= now():
             await asyncio.to_thread(catalogue.set_last_due, job.name, overlapped)
             log.warning("job.skipped", job=job.name, due=overlapped.isoformat())
+
+
+async def turns(calendar: str | None) -> AsyncIterator[datetime]:
+    """Each turn of a calendar as it comes, until there is none any more; one that is missed is left out."""
+    while calendar is not None and (due := schedule.next_due(calendar, now())) is not None:
+        await _sleep_until(due.astimezone(UTC))
+        yield due
 
 
 async def _take_turn(

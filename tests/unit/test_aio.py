@@ -1,11 +1,13 @@
 """The asyncio idioms: what comes out of them, and that nothing of theirs stays behind."""
 
 import asyncio
+import contextlib
 import os
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any, Self
 
 import pytest
 from structlog.testing import capture_logs
@@ -411,3 +413,108 @@ async def test_a_program_that_is_only_starting_is_killed_too() -> None:
     async with asyncio.timeout(10):
         while children() != before:
             await asyncio.sleep(0.01)
+
+
+# --- shared lock ---
+
+
+async def test_many_share_a_lock_until_somebody_wants_it_alone() -> None:
+    lock, seen = aio.SharedLock(), []
+
+    async def share(name: str, until: asyncio.Event) -> None:
+        async with lock.shared():
+            seen.append(f"{name} in")
+            await until.wait()
+        seen.append(f"{name} out")
+
+    async def have_alone() -> None:
+        async with lock.alone():
+            seen.append("alone in")
+            await asyncio.sleep(0)
+            seen.append("alone out")
+
+    leave = asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(share("a", leave))
+        group.create_task(share("b", leave))
+        await asyncio.sleep(0.01)
+        assert not lock.taken
+        group.create_task(have_alone())
+        await asyncio.sleep(0.01)
+        assert lock.taken
+        group.create_task(share("late", leave))
+        await asyncio.sleep(0.01)
+        assert seen == ["a in", "b in"]
+        leave.set()
+    assert seen == ["a in", "b in", "a out", "b out", "alone in", "alone out", "late in", "late out"]
+    assert not lock.taken
+
+
+async def test_who_waits_for_a_shared_lock_can_give_up() -> None:
+    lock = aio.SharedLock()
+    async with lock.shared():
+        waiting = asyncio.create_task(enter(lock.alone()))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert not lock.taken
+        await asyncio.wait_for(enter(lock.shared()), 1)
+    await asyncio.wait_for(enter(lock.alone()), 1)
+
+
+async def enter(context: contextlib.AbstractAsyncContextManager[None]) -> None:
+    async with context:
+        pass
+
+
+# --- contexts kept open ---
+
+
+class Context:
+    def __init__(self, entering: Exception | None = None, leaving: Exception | None = None) -> None:
+        self.entering, self.leaving = entering, leaving
+        self.inside = False
+        self.tasks: list[asyncio.Task[Any] | None] = []
+
+    async def __aenter__(self) -> Self:
+        await asyncio.sleep(0.01)
+        if self.entering:
+            raise self.entering
+        self.inside = True
+        self.tasks.append(asyncio.current_task())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.inside = False
+        self.tasks.append(asyncio.current_task())
+        await asyncio.sleep(0)
+        if self.leaving:
+            raise self.leaving
+
+
+async def test_a_context_is_kept_until_anybody_closes_it() -> None:
+    kept = await aio.Kept.opened(Context())
+    assert kept.value.inside
+    await asyncio.create_task(kept.close())
+    assert not kept.value.inside
+    await kept.close()
+    assert kept.value.tasks[0] is kept.value.tasks[1]
+
+
+async def test_a_context_that_cannot_be_entered_or_left_says_why() -> None:
+    with pytest.raises(OSError, match="shut"):
+        await aio.Kept.opened(Context(entering=OSError("shut")))
+    kept = await aio.Kept.opened(Context(leaving=OSError("stuck")))
+    for _ in range(2):
+        with pytest.raises(OSError, match="stuck"):
+            await kept.close()
+
+
+async def test_a_context_is_left_if_nobody_waits_for_it_any_more() -> None:
+    context = Context()
+    opening = asyncio.create_task(aio.Kept.opened(context))
+    await asyncio.sleep(0)
+    opening.cancel()
+    await asyncio.wait([opening])
+    assert opening.cancelled()
+    assert not context.inside

@@ -1,0 +1,181 @@
+"""Full and unchanged backups to a repository beside restic: `python -m benchmarks.repository` (`--gib 1`: quickly).
+
+An idle guest with one raw disk, filled with files of this host (as a system disk is), data that nothing can
+compress, and zeroes. In turn, each into a new repository: our backup with fleecing, and `restic backup` of the very
+same file. Then backups of the unchanged disk, and of a sparse disk of 1 TiB. Prints times and their ratios; trust
+those, not the seconds. Needs four times the disk's size of space in the temporary folder.
+"""
+
+import argparse
+import asyncio
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from orchestrator import config
+from orchestrator.cli.main import run_async
+from orchestrator.model import Fleecing, Kind, RunOptions
+from orchestrator.service import engine
+from orchestrator.target.restic.backend.directory import DirectoryBackend
+from orchestrator.target.restic.repository import Repository
+from orchestrator.units import GIB, MIB, format_size
+from tests.guest.restics import Restic
+from tests.guest.vm import DiskSpec, GuestVm, Workload
+
+PASSWORD = "benchmark"
+WANTED_RATIO = 1.5
+WANTED_UNCHANGED_SECONDS = 2.0
+FILES = ("/usr/lib", "/usr/share", "/usr/bin")
+MIX = {"files of the host": 0.5, "random": 0.2, "zeroes": 0.3}
+
+CONFIG = """
+[daemon]
+state_dir = "{folder}/state"
+run_dir = "{folder}/run"
+[storage.local]
+path = "{folder}/fleecing"
+quota = "1TiB"
+min_free = "64MiB"
+[target.repo]
+driver = "restic"
+path = "{folder}/repository"
+password_file = "{folder}/password"
+[vm.bench]
+qmp = "{socket}"
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A backup that succeeded: its seconds, and what it put into the repository."""
+
+    name: str
+    seconds: float
+    stored_bytes: int
+
+
+async def main(gib: int, rounds: int) -> int:
+    """Measure, print, and say with the exit code whether the ratios are as wanted."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+    with tempfile.TemporaryDirectory(prefix="vmfleece-bench-") as name:
+        folder = Path(name)
+        image = folder / "vda.raw"
+        await asyncio.to_thread(fill, image, gib * GIB)
+        (folder / "password").touch(mode=0o600)
+        (folder / "password").write_text(PASSWORD)
+        disks = [DiskSpec("vda", gib * GIB, format="raw", image=image), DiskSpec("vdb", 1024 * GIB)]
+        async with GuestVm(folder / "vm", disks, Workload("idle")) as vm:
+            await vm.wait_ready()
+            file = folder / "vmfleece.toml"
+            file.write_text(CONFIG.format(folder=folder, socket=vm.product_socket))
+            rows, unchanged = await measure(file, image, folder / "repository", rounds)
+    return report(rows, unchanged, gib)
+
+
+def fill(image: Path, size_bytes: int) -> None:
+    """Make the disk's content; blocks."""
+    with image.open("wb") as file:
+        left = round(size_bytes * MIX["files of the host"])
+        for path in host_files():
+            if left <= 0:
+                break
+            content = path.read_bytes()[:left]
+            file.write(content)
+            left -= len(content)
+        source = random.Random(1)
+        for _ in range(round(size_bytes * MIX["random"]) // MIB):
+            file.write(source.randbytes(MIB))
+        file.truncate(size_bytes)
+
+
+def host_files() -> Iterator[Path]:
+    """Regular files of this host, in the order of their names."""
+    for top in FILES:
+        for folder, _, names in sorted(os.walk(top)):
+            for name in sorted(names):
+                path = Path(folder, name)
+                if path.is_file() and not path.is_symlink() and path.stat().st_size < 64 * MIB:
+                    yield path
+
+
+async def measure(file: Path, image: Path, repository: Path, rounds: int) -> tuple[list[Row], list[Row]]:
+    """In turn, so that what else the machine does hits all of them."""
+    loaded = config.load(file)
+    rows, unchanged = [], []
+    for number in range(rounds):
+        for version in ("0.14", "0.18"):
+            rows.append(await asyncio.to_thread(restic_backup, version, image, repository))
+            shutil.rmtree(repository)
+        await Repository.create(DirectoryBackend(repository), PASSWORD)
+        async with engine.opened(loaded) as opened:
+            rows.append(await our_backup(opened, repository, "vmfleece", full=True))
+            if number == rounds - 1:
+                unchanged = [await our_backup(opened, repository, "unchanged", full=False) for _ in range(3)]
+        shutil.rmtree(repository)
+    return rows, unchanged
+
+
+def restic_backup(version: str, image: Path, repository: Path) -> Row:
+    """`restic backup` of the file, into a new repository."""
+    restic = Restic(repository, PASSWORD, version)
+    restic.run("init")
+    started = time.monotonic()
+    restic.run("backup", str(image))
+    return Row(f"restic {version}", time.monotonic() - started, used_bytes(repository))
+
+
+async def our_backup(opened: engine.Engine, repository: Path, name: str, *, full: bool) -> Row:
+    """A whole run, from asking for it to its result."""
+    before = used_bytes(repository)
+    options = RunOptions("repo", Fleecing(storage="local"), full=full)
+    started = time.monotonic()
+    result = await opened.back_up("bench", options, on_progress=lambda _: None)
+    seconds = time.monotonic() - started
+    if result.error is not None or result.kind is not (Kind.FULL if full else Kind.INCREMENTAL):
+        raise RuntimeError(f"{name}: {result}")
+    return Row(name, seconds, used_bytes(repository) - before)
+
+
+def used_bytes(folder: Path) -> int:
+    """What a folder's files have, all together."""
+    done = subprocess.run(["du", "-sb", str(folder)], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[0])
+
+
+def report(rows: list[Row], unchanged: list[Row], gib: int) -> int:
+    """Print the table and the ratios."""
+    names = list(dict.fromkeys(row.name for row in rows))
+    seconds = {name: statistics.median(row.seconds for row in rows if row.name == name) for name in names}
+    stored = {name: next(row.stored_bytes for row in rows if row.name == name) for name in names}
+    mix = ", ".join(f"{share:.0%} {what}" for what, share in MIX.items())
+    print(f"A disk of {gib} GiB ({mix}) and an empty one of 1 TiB; medians; restic does not read the empty one.\n")
+    print("| full backup into a new repository | seconds | MiB/s | stored | vmfleece is so many times as fast |")
+    print("|---|---|---|---|---|")
+    for name in names:
+        rate = gib * GIB / MIB / seconds[name]
+        ratio = seconds[name] / seconds["vmfleece"]
+        print(f"| {name} | {seconds[name]:.1f} | {rate:.0f} | {format_size(stored[name])} | {ratio:.2f} |")
+    slowest = max(row.seconds for row in unchanged)
+    print(f"\nNothing changed on both disks: {', '.join(f'{row.seconds:.2f} s' for row in unchanged)}"
+          f"; wanted: {WANTED_UNCHANGED_SECONDS:g} s at most.")
+    ratio = min(seconds[name] for name in names if name != "vmfleece") / seconds["vmfleece"]
+    print(f"Full: {ratio:.2f} times as fast as the faster restic; wanted: {WANTED_RATIO} at least.")
+    return 0 if ratio >= WANTED_RATIO and slowest <= WANTED_UNCHANGED_SECONDS else 1
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Time backups to a repository beside restic's.")
+    parser.add_argument("--gib", type=int, default=4, help="the disk's size in GiB (default: 4)")
+    parser.add_argument("--rounds", type=int, default=3, help="how often (default: 3)")
+    arguments = parser.parse_args()
+    sys.exit(run_async(main(arguments.gib, arguments.rounds)))
