@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ import pytest
 
 from orchestrator.errors import TargetError
 from orchestrator.target.restic import pack
+from orchestrator.target.restic.access import this_host, this_user
 from orchestrator.target.restic.backend.base import CONFIG, Backend, Content, File, Kind
 from orchestrator.target.restic.backend.directory import DirectoryBackend
 from orchestrator.target.restic.backend.memory import MemoryBackend
@@ -48,18 +50,18 @@ def made_of(tree: bytes, hours: int = 0, **more: Any) -> ResticSnapshot:
     return ResticSnapshot(NOON + timedelta(hours=hours), tree, "web01", ("/web01",), **more)
 
 
-async def write(writer: Writer, chunks: Iterable[bytes], hours: int = 0) -> ResticSnapshot:
+async def write(writer: Writer, chunks: Iterable[bytes], hours: int = 0, **more: Any) -> ResticSnapshot:
     contents = list(chunks)
     ids = [writer.add_chunk(content)[0] for content in contents]
     disk = FileContent(sum(map(len, contents)), ids)
     tree = await writer.write_file_tree({"vda.raw": disk}, b'{"vm":"web01"}', NOON)
-    return await writer.commit(made_of(tree, hours))
+    return await writer.commit(made_of(tree, hours, **more))
 
 
-async def backup(repository: Repository, chunks: Iterable[bytes], hours: int = 0) -> ResticSnapshot:
+async def backup(repository: Repository, chunks: Iterable[bytes], hours: int = 0, **more: Any) -> ResticSnapshot:
     async with repository.lock() as lock:
         await repository.load_index()
-        return await write(repository.writer(lock, pack_bytes=16 * MIB), chunks, hours)
+        return await write(repository.writer(lock, pack_bytes=16 * MIB), chunks, hours, **more)
 
 
 async def content_of(repository: Repository, made: ResticSnapshot, name: str = "vda.raw") -> bytes:
@@ -90,12 +92,28 @@ async def test_it_opens_with_each_of_its_passwords_only(backend: Backend, reposi
     assert opened.identity == repository.identity
     with pytest.raises(WrongPassword):
         await Repository.open(backend, "staple")
-    with pytest.raises(WrongPassword):
+    with pytest.raises(TargetError, match="open with") as refused:
         await opened.remove_password(second)
+    assert refused.value.code == "key-in-use"
     await repository.remove_password(second)
     with pytest.raises(WrongPassword):
         await Repository.open(backend, "battery")
     await Repository.open(backend, PASSWORD)
+
+
+async def test_its_keys_are_listed_and_the_last_one_stays(backend: Backend, repository: Repository) -> None:
+    second = await repository.add_password("battery", cost=CHEAP)
+    backend.save(File(Kind.KEYS, bytes(32)), b"garbage")
+    first, other = await repository.keys()
+    assert (first.current, other.current, other.id) == (True, False, second.hex())
+    assert (first.hostname, first.username) == (this_host(), this_user())
+    assert datetime.now(UTC) - timedelta(minutes=1) < first.created <= other.created
+    for key in (bytes.fromhex(first.id), bytes(32)):  # somebody else removed them
+        backend.remove(File(Kind.KEYS, key))
+    with pytest.raises(TargetError, match="last key") as refused:
+        await repository.remove_password(second)
+    assert refused.value.code == "key-in-use"
+    assert [key.id for key in await repository.keys()] == [second.hex()]
 
 
 async def test_there_is_none_or_there_is_one_already(backend: Backend) -> None:
@@ -525,6 +543,34 @@ async def test_a_snapshot_is_found_by_its_id_and_by_its_first_one(repository: Re
     listing = await repository.snapshots()
     assert listing.find(first.identity) == tagged
     assert listing.find(bytes(32)) is None
+
+
+async def test_other_tags_make_another_file_of_the_same_snapshot(repository: Repository) -> None:
+    first = await backup(repository, [chunk(1)], note={"run": "1"}, parent=bytes(32), tags=("a",))
+    second = await repository.replace(first, tags=["a", "protected"])
+    third = await repository.replace(second, tags=["b"])
+    assert third == replace(first, tags=("b",), original=first.identity, identity=third.identity)
+    assert await repository.replace(third, tags=["b"]) == third
+    listing = await repository.snapshots()
+    assert listing.snapshots == (third,)
+    assert first.identity
+    assert listing.find(first.identity) == third
+    with pytest.raises(TargetError) as gone:
+        await repository.replace(second, tags=["c"])
+    assert gone.value.code == "no-snapshot"
+    assert (await repository.snapshots()).snapshots == (third,)
+
+
+async def test_tags_that_cannot_be_saved_leave_the_snapshot_as_it_was() -> None:
+    backend = Recorded()
+    repository = await Repository.create(backend, PASSWORD, cost=CHEAP)
+    made = await backup(repository, [chunk(1)])
+    backend.fail = lambda file: Unreachable("gone") if file.kind is Kind.SNAPSHOTS else None
+    with pytest.raises(Unreachable):
+        await repository.replace(made, tags=["a"])
+    assert (await repository.snapshots()).snapshots == (made,)
+    with pytest.raises(ValueError, match="never saved"):
+        await repository.replace(made_of(bytes(32)), tags=["a"])
 
 
 async def test_a_snapshot_that_vanishes_while_they_are_listed_is_not_there() -> None:

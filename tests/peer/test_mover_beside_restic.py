@@ -19,6 +19,8 @@ from orchestrator.target.base import ParentUnusable
 from orchestrator.target.mover.session import Session
 from orchestrator.target.restic.backend.directory import DirectoryBackend
 from orchestrator.target.restic.crypto import Cost
+from orchestrator.target.restic.errors import LockLost
+from orchestrator.target.restic.lock import Pace
 from orchestrator.target.restic.pack import CHUNK_BYTES
 from orchestrator.target.restic.repository import Repository
 from orchestrator.target.restic.snapshot import ResticSnapshot
@@ -135,6 +137,29 @@ async def test_a_copy_that_ends_in_the_middle_is_none(root: Path, tmp_path: Path
     assert json.loads(restic(root, "snapshots", "--json") or b"null") in (None, [])
     restic(root, "check")
     assert json.loads(restic(root, "list", "locks", "-q") or b'""') == ""
+
+
+async def test_once_its_lock_is_lost_all_fails_and_qemu_is_told(root: Path, tmp_path: Path) -> None:
+    pace = Pace(refresh_seconds=0.05)
+    async with Session.opened(DirectoryBackend(root), PASSWORD, pace=pace) as session:
+        async with qemu(session, tmp_path, SIZE) as uri:
+            first = "write -q -P 1 0 4M"
+            argv = ["qemu-io", "-f", "raw", "-c", first, "-c", "sleep 1500", "-c", "write -P 1 4M 512", uri]
+            writing = asyncio.create_task(run_process(argv))
+            await asyncio.sleep(0.7)
+        sealing = asyncio.create_task(session.seal("vda"))
+        for lock in (root / "locks").iterdir():
+            lock.unlink()
+        with pytest.raises(LockLost, match="removed its file"):
+            await sealing
+        assert b"Input/output error" in (await writing).stdout
+        with pytest.raises(LockLost):
+            session.trouble("vda")
+        with pytest.raises(LockLost):
+            await session.parent_of("vdb", None)
+        with pytest.raises(LockLost):
+            await session.commit(snapshot_of("web01"), b"{}")
+    assert json.loads(restic(root, "snapshots", "--json") or b"null") in (None, [])
 
 
 async def test_what_restic_wrote_is_not_built_on(root: Path, tmp_path: Path) -> None:

@@ -272,6 +272,17 @@ async def test_tags_that_restic_changes(restic: Restic, repository: Repository) 
     assert await content_of(await reopened(restic), tagged) == disk(1, MIB)
 
 
+async def test_tags_that_we_change(restic: Restic, repository: Repository) -> None:
+    made = await backup(repository, {"vda": disk(1, MIB)})
+    async with repository.lock():
+        tagged = await repository.replace(made, tags=["run-1", "protected"])
+    (listed,) = restic.json("snapshots", "--tag", "protected")
+    assert (listed["id"], listed["original"]) == (hexadecimal(tagged), hexadecimal(made))
+    assert tagged.note == NOTE
+    restic.check()
+    assert restic.run("dump", "latest", "/vda.raw") == disk(1, MIB)
+
+
 async def test_rewriting_finds_that_our_trees_are_as_its_own(restic: Restic, repository: Repository) -> None:
     if restic.version == "0.14":
         return  # has no such command

@@ -28,7 +28,7 @@ from orchestrator.target.mover.sink import BufferPool, DiskSink, IncompleteError
 from orchestrator.target.mover.store import RepositoryStore
 from orchestrator.target.restic.backend.base import Backend
 from orchestrator.target.restic.errors import Damaged
-from orchestrator.target.restic.lock import Lock
+from orchestrator.target.restic.lock import Lock, Pace
 from orchestrator.target.restic.pack import CHUNK_BYTES
 from orchestrator.target.restic.repository import Repository
 from orchestrator.target.restic.snapshot import ResticSnapshot, Summary
@@ -63,12 +63,14 @@ class Session:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def opened(cls, backend: Backend, password: str, *, threads: int = THREADS) -> AsyncIterator["Session"]:
+    async def opened(
+        cls, backend: Backend, password: str, *, threads: int = THREADS, pace: Pace | None = None
+    ) -> AsyncIterator["Session"]:
         """Open and lock a repository for the block. Raises TargetError, as `Repository` says."""
         repository = await Repository.open(backend, password)
         # A mover that was killed left its lock, and restic itself would let that stop it for ever.
         await repository.remove_stale_locks()
-        async with repository.lock() as held:
+        async with repository.lock(pace=pace) as held:
             await repository.load_index()
             writer = repository.writer(held)
             with ThreadPoolExecutor(threads) as workers:
@@ -81,6 +83,7 @@ class Session:
 
     async def parent_of(self, disk: str, snapshot: bytes | None) -> FileContent | None:
         """What a disk is to be built on; None without a `snapshot`. Raises ParentUnusable, BackendError."""
+        self._lock.check()
         if snapshot is None:
             return None
         found = (await self._repository.snapshots()).find(snapshot)

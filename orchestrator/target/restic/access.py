@@ -1,5 +1,6 @@
 """Making a repository, and getting into one: passwords, and the key that each of them opens. All of it blocks."""
 
+import contextlib
 import hashlib
 import os
 import pwd
@@ -12,8 +13,8 @@ from orchestrator.target.restic import config, crypto, keys
 from orchestrator.target.restic.backend.base import CONFIG, Backend, File, Kind
 from orchestrator.target.restic.config import RepositoryConfig
 from orchestrator.target.restic.crypto import Cost, Key
-from orchestrator.target.restic.errors import FileExists, FileMissing, NoRepository, WrongPassword
-from orchestrator.target.restic.keys import Origin
+from orchestrator.target.restic.errors import Damaged, FileExists, FileMissing, NoRepository
+from orchestrator.target.restic.keys import KeyInfo, Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +86,33 @@ def add_password(backend: Backend, key: Key, password: str, *, cost: Cost | None
     return identity
 
 
+def list_keys(backend: Backend, opened: Opened) -> list[KeyInfo]:
+    """Return the keys that there are, oldest first, but for those whose files are damaged."""
+    found = []
+    for listed in backend.list(Kind.KEYS):
+        with contextlib.suppress(FileMissing, Damaged):
+            origin = keys.parse(backend.read(listed.file), file=listed.file.path).origin
+            current = listed.file.identity == opened.key_file
+            name = listed.file.identity.hex()
+            found.append(KeyInfo(name, origin.username, origin.hostname, origin.created, current))
+    return sorted(found, key=lambda key: (key.created, key.id))
+
+
 def remove_password(backend: Backend, opened: Opened, key_file: bytes) -> None:
-    """Have a password open it no more. The one that it is open with stays: WrongPassword."""
+    """Have a password open it no more. TargetError's code is "key-in-use" for the one that it is open with.
+
+    So it is for the last one: nobody could open the repository any more.
+    """
     if key_file == opened.key_file:
-        raise WrongPassword(
-            "the key that the repository is open with cannot be removed", hint="open it with another password"
+        raise TargetError(
+            "the key that the repository is open with cannot be removed",
+            hint="open it with another password",
+            code="key-in-use",
+        )
+    if not any(listed.file.identity != key_file for listed in backend.list(Kind.KEYS)):
+        raise TargetError(
+            "the last key cannot be removed: nobody could open the repository any more",
+            hint="add another one first",
+            code="key-in-use",
         )
     backend.remove(File(Kind.KEYS, key_file))

@@ -26,6 +26,17 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyInfo:
+    """A key of a repository. `id` is its file's name, `current` whether the repository is open with it."""
+
+    id: str
+    username: str
+    hostname: str
+    created: datetime
+    current: bool
+
+
+@dataclass(frozen=True, slots=True)
 class KeyFile:
     """A key file's content. `data` is the sealed master key."""
 

@@ -12,13 +12,16 @@ repository as it is or waits until they are done.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+import dataclasses
+import hashlib
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from orchestrator import aio
+from orchestrator.errors import TargetError
 from orchestrator.target.restic import access, envelope, index_file, lock, pack, snapshot, tree
 from orchestrator.target.restic.access import Opened
 from orchestrator.target.restic.backend.base import Backend, File, Kind
@@ -26,6 +29,7 @@ from orchestrator.target.restic.blob_index import BlobIndex, Location
 from orchestrator.target.restic.crypto import Cost
 from orchestrator.target.restic.errors import Damaged, FileMissing
 from orchestrator.target.restic.index_file import Listed
+from orchestrator.target.restic.keys import KeyInfo
 from orchestrator.target.restic.lock import Lock, Pace
 from orchestrator.target.restic.pack import BlobKind
 from orchestrator.target.restic.snapshot import ResticSnapshot
@@ -85,12 +89,19 @@ class Repository:
         """What tells it from all others: 32 bytes."""
         return self._opened.config.identity
 
+    async def keys(self) -> list[KeyInfo]:
+        """Return the keys that open it, oldest first; those whose files are damaged are left out."""
+        return await asyncio.to_thread(access.list_keys, self._backend, self._opened)
+
     async def add_password(self, password: str, *, cost: Cost | None = None) -> bytes:
         """Have another password open it, too; return its key file's id."""
         return await _finish(access.add_password, self._backend, self._key, password, cost=cost)
 
     async def remove_password(self, key_file: bytes) -> None:
-        """Have a password open it no more. WrongPassword if it is open with that one."""
+        """Have a password open it no more. TargetError's code is "key-in-use" if it is open with that one.
+
+        So it is for the last one.
+        """
         await _finish(access.remove_password, self._backend, self._opened, key_file)
 
     @asynccontextmanager
@@ -119,8 +130,8 @@ class Repository:
         return self._index.has(BlobKind.DATA, identity)
 
     def chunk_bytes(self, identity: bytes) -> int | None:
-        """How long a chunk is, as the index says; None if it is not there."""
-        for location in self._index.find(BlobKind.DATA, identity):
+        """How long a chunk is, as index files say, though its pack may be gone; None if none lists it."""
+        for location in self._locations(BlobKind.DATA, identity):
             return location.entry.content_bytes
         return None
 
@@ -131,8 +142,7 @@ class Repository:
         cut off.
         """
         failure = Damaged(f"{kind} blob {identity.hex()}", "no index file says where it is")
-        locations = self._index.find(kind, identity) + self._lacking.find(kind, identity)
-        for number, location in enumerate(locations):
+        for number, location in enumerate(self._locations(kind, identity)):
             try:
                 return self._read_at(location)
             except Damaged as error:
@@ -166,20 +176,30 @@ class Repository:
         whole, last_bytes = divmod(content.size_bytes, chunk_bytes)
         if len(content.chunks) != whole + (last_bytes > 0):
             return False
-        lengths = {identity: self.chunk_bytes(identity) for identity in set(content.chunks)}
-        if any(lengths[identity] != chunk_bytes for identity in content.chunks[:whole]):
+        there = {identity for identity in content.chunks if self.has_chunk(identity)}
+        lengths = {identity: self.chunk_bytes(identity) for identity in there}
+        if any(lengths.get(identity) != chunk_bytes for identity in content.chunks[:whole]):
             return False
-        return not last_bytes or lengths[content.chunks[-1]] == last_bytes
+        return not last_bytes or lengths.get(content.chunks[-1]) == last_bytes
 
     async def snapshots(self) -> Listing:
         """Return all snapshots, oldest first. Raises NoRepository if it is not there any more, BackendError."""
         return await asyncio.to_thread(self._read_snapshots)
 
+    async def replace(self, made: ResticSnapshot, *, tags: Sequence[str]) -> ResticSnapshot:
+        """Give a snapshot other tags, as `restic tag` does; return what it is now, which has another id.
+
+        The caller holds a lock. Both are listed until the first is removed, and if that fails, or we die: `original`
+        tells that. TargetError's code is "no-snapshot" if it is gone; nothing is done if it has these tags.
+        """
+        return await _finish(self._replace, _saved(made), tuple(tags))
+
     async def forget(self, made: ResticSnapshot) -> None:
         """Take a snapshot off the list; its space is free after `restic prune`. Nothing to do if it is gone."""
-        if made.identity is None:
-            raise ValueError("a snapshot that was never saved")
-        await _finish(self._backend.remove, File(Kind.SNAPSHOTS, made.identity))
+        await _finish(self._backend.remove, _saved(made))
+
+    def _locations(self, kind: BlobKind, identity: bytes) -> list[Location]:
+        return self._index.find(kind, identity) + self._lacking.find(kind, identity)
 
     def _read_at(self, location: Location) -> bytes:
         file, entry = File(Kind.DATA, location.pack), location.entry
@@ -237,9 +257,29 @@ class Repository:
         ordered = sorted(found.values(), key=lambda made: (made.time, made.identity))
         return Listing(tuple(ordered), tuple(damaged))
 
+    def _replace(self, file: File, tags: tuple[str, ...]) -> ResticSnapshot:
+        try:
+            old = self._read_snapshot(file)
+        except FileMissing:
+            raise TargetError(f"there is no {file} in the repository any more", code="no-snapshot") from None
+        if old.tags == tags:
+            return old
+        new = dataclasses.replace(old, tags=tags, original=old.original or file.identity, identity=None)
+        content = snapshot.seal(new, self._key)
+        identity = hashlib.sha256(content).digest()
+        self._backend.save(File(Kind.SNAPSHOTS, identity), content)
+        self._backend.remove(file)
+        return dataclasses.replace(new, identity=identity)
+
     def _read_snapshot(self, file: File) -> ResticSnapshot:
         content = self._backend.read(file)
         return snapshot.open_sealed(content, self._key, identity=file.identity, file=file.path)
+
+
+def _saved(made: ResticSnapshot) -> File:
+    if made.identity is None:
+        raise ValueError("a snapshot that was never saved")
+    return File(Kind.SNAPSHOTS, made.identity)
 
 
 async def _finish(work: Callable[..., T], *arguments: Any, **options: Any) -> T:
