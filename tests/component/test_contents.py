@@ -249,6 +249,23 @@ async def test_a_chunk_that_no_index_knows(rig: Rig, disk: FileContent, tmp_path
     assert [one.startswith(f"vda: data blob {'07' * 32}") for one in found.problems] == [True]
 
 
+async def test_a_pack_that_is_gone_costs_what_was_in_it_only(rig: Rig, sockets: Path) -> None:
+    disk = await rig.add("vda", NOISE, grid(NOISE))
+    other = await rig.add("vdb", b"!" + NOISE, [1, *grid(NOISE)])
+    gone, _ = rig.place(other.chunks[0])
+    gone.unlink()
+    await rig.repository.load_index()
+    found = await contents.verify(rig.repository, rig.files, share=1.0)
+    assert [one for one in found.problems if gone.name in one and "it is missing" in one] == list(found.problems)
+    assert [one.partition(":")[0] for one in found.problems] == ["vdb"] * len(set(other.chunks) - set(disk.chunks))
+    with pytest.raises(TargetError, match=f"vdb cannot be read: .*{gone.name}.* it is missing") as wrong:
+        await contents.extract(rig.repository, other, name="vdb", to=sockets / "out", image_format="raw")
+    assert wrong.value.code == "content-wrong"
+    async with contents.exported(rig.repository, {"vda": disk, "vdb": other}, sockets) as uris:
+        await run("nbdcopy", uris["vda"], "null:")
+        await run("nbdcopy", uris["vdb"], "null:", fails=True)
+
+
 async def test_a_length_that_is_not_its_chunks(rig: Rig, disk: FileContent, tmp_path: Path) -> None:
     wrong = FileContent(disk.size_bytes - 1, disk.chunks)
     with pytest.raises(TargetError, match=f"{len(DISK)} bytes where its tree says {len(DISK) - 1}"):

@@ -1,0 +1,119 @@
+"""Disks that restic itself backed up, in chunks of its own lengths, read by others' tools through us."""
+
+import asyncio
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from orchestrator.aio import run_process
+from orchestrator.errors import TargetError
+from orchestrator.nbd.protocol import Allocation
+from orchestrator.target.repository import contents
+from orchestrator.target.restic.pack import CHUNK_BYTES
+from orchestrator.target.restic.repository import Repository
+from orchestrator.target.restic.tree import FileContent
+from orchestrator.units import MIB
+from tests.peer.test_restic_repository import Restic, disk, reopened, restic, version
+
+__all__ = ["restic", "version"]  # fixtures
+
+HOLE = int(Allocation.HOLE | Allocation.ZERO)
+DISK = disk(5, 30 * MIB + 512)
+
+
+@pytest.fixture(params=["auto", "off"])
+async def written(
+    restic: Restic, tmp_path: Path, request: pytest.FixtureRequest
+) -> tuple[Restic, Repository, FileContent]:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "vda.raw").write_bytes(DISK)
+    restic.run("init", "--repository-version", "2")
+    restic.run("backup", "--compression", request.param, "vda.raw", cwd=source)
+    repository = await reopened(restic)
+    (made,) = (await repository.snapshots()).snapshots
+    content = (await repository.files(made))["vda.raw"]
+    assert not repository.on_grid(content, CHUNK_BYTES)
+    return restic, repository, content
+
+
+Written = tuple[Restic, Repository, FileContent]
+
+
+async def run(*argv: str | Path, fails: bool = False) -> str:
+    done = await run_process([str(part) for part in argv])
+    assert bool(done.returncode) is fails, f"{argv}: {done.stdout.decode()} {done.stderr}"
+    return done.stdout.decode() + done.stderr
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+async def test_it_is_extracted(written: Written, tmp_path: Path, image_format: str) -> None:
+    _, repository, content = written
+    out = tmp_path / "out"
+    expected = await contents.extract(repository, content, name="vda", to=out, image_format=image_format)
+    expected.update(DISK)
+    assert expected.problem() == ""
+    (tmp_path / "vda.raw").write_bytes(DISK)
+    await run("qemu-img", "compare", "-f", "raw", "-F", image_format, tmp_path / "vda.raw", out)
+    assert out.stat().st_blocks * 512 < 22 * MIB
+
+
+async def test_it_is_exported(written: Written, tmp_path: Path) -> None:
+    _, repository, content = written
+    (tmp_path / "vda.raw").write_bytes(DISK)
+    (tmp_path / "s").mkdir(mode=0o700)
+    async with contents.exported(repository, {"vda": content}, tmp_path / "s") as uris:
+        uri = uris["vda"]
+        await run("qemu-img", "compare", "-f", "raw", "-F", "raw", uri, tmp_path / "vda.raw")
+        await run("nbdcopy", "--request-size=65536", uri, tmp_path / "copy.raw")
+        assert (tmp_path / "copy.raw").read_bytes() == DISK
+        pieces = json.loads(await run("nbdinfo", "--map", "--json", uri))
+        holes = sum(piece["length"] for piece in pieces if piece["type"] == HOLE)
+        assert 8 * MIB < holes < 22 * MIB, "its chunks of zeroes are known"
+        async with contents.exported(repository, {"again": content}, tmp_path):
+            await run("nbdinfo", uri)
+
+
+async def test_it_is_verified_and_damage_is_found(written: Written, tmp_path: Path) -> None:
+    restic, repository, content = written
+    found = await contents.verify(repository, {"vda": content}, share=1.0)
+    assert found.problems == ()
+    packs = sorted((restic.folder / "data").rglob("*/*"), key=lambda path: path.stat().st_size)
+    packs[-1].chmod(0o600)
+    with packs[-1].open("r+b") as pack:
+        pack.seek(1000)
+        pack.write(b"damage")
+    found = await contents.verify(repository, {"vda": content}, share=1.0)
+    assert [one for one in found.problems if packs[-1].name in one] == list(found.problems) != []
+    for image_format in ("raw", "qcow2"):
+        with pytest.raises(TargetError, match=packs[-1].name) as wrong:
+            await contents.extract(repository, content, name="vda", to=tmp_path / "out", image_format=image_format)
+        assert wrong.value.code == "content-wrong"
+
+
+async def test_a_file_system_in_it_is_mounted(restic: Restic, tmp_path: Path) -> None:
+    """As an administrator does who wants one file back: the export as a file, a loop device, a mount."""
+    source = tmp_path / "source"
+    source.mkdir()
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "precious").write_bytes(DISK[: 5 * MIB])
+    with (source / "vda.raw").open("wb") as image:
+        image.truncate(64 * MIB)
+    await run("mkfs.ext4", "-q", "-d", tree, source / "vda.raw")
+    restic.run("init", "--repository-version", "2")
+    restic.run("backup", "vda.raw", cwd=source)
+    repository = await reopened(restic)
+    (made,) = (await repository.snapshots()).snapshots
+    content = (await repository.files(made))["vda.raw"]
+    (tmp_path / "s").mkdir(mode=0o700)
+    async with contents.exported(repository, {"vda": content}, tmp_path / "s") as uris:
+        view = tmp_path / "view.qcow2"
+        await run("qemu-img", "create", "-q", "-f", "qcow2", "-b", uris["vda"], "-F", "raw", view)
+        await run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", view, tmp_path / "view.raw")
+        said = await asyncio.to_thread(
+            subprocess.check_output, ["debugfs", "-R", "cat /precious", str(tmp_path / "view.raw")]
+        )
+    assert said == DISK[: 5 * MIB]
