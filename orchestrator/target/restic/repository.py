@@ -189,8 +189,8 @@ class Repository:
     async def replace(self, made: ResticSnapshot, *, tags: Sequence[str]) -> ResticSnapshot:
         """Give a snapshot other tags, as `restic tag` does; return what it is now, which has another id.
 
-        The caller holds a lock. Both are listed until the first is removed, and if that fails, or we die: `original`
-        tells that. TargetError's code is "no-snapshot" if it is gone; nothing is done if it has these tags.
+        The caller holds a lock. Both are listed until the first is removed, and if that fails, or we die: then
+        `original` tells. TargetError's code is "no-snapshot" if it is gone; nothing is done if it has these tags.
         """
         return await _finish(self._replace, _saved(made), tuple(tags))
 
