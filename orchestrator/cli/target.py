@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 
@@ -20,11 +20,9 @@ from orchestrator.target.base import Target
 from orchestrator.target.images.errors import explained
 from orchestrator.target.repository import upkeep
 from orchestrator.target.repository.password import password_path, read_password
+from orchestrator.target.restic.keys import KeyInfo
 from orchestrator.target.restic.repository import Repository
 from orchestrator.units import format_size
-
-if TYPE_CHECKING:
-    from orchestrator.target.restic.keys import KeyInfo
 
 
 async def init(config: Config, arguments: argparse.Namespace) -> int:
@@ -100,18 +98,19 @@ async def _count(settings: TargetSettings, target: Target) -> int:
 async def show(config: Config, arguments: argparse.Namespace) -> int:
     """One target; of a repository also its keys, packs and locks."""
     settings = _settings(config, arguments)
+    count = await _count(settings, engine.targets(config)[settings.name])
     document: dict[str, Any] = {"target": settings.name, "driver": settings.driver, "place": settings.place}
+    document["snapshots"] = count
     if settings.driver is TargetDriver.IMAGES:
-        document["snapshots"] = await _count(settings, engine.targets(config)[settings.name])
-        lines = [f"{settings.name}: images in {settings.place}", f"snapshots  {document['snapshots']}"]
+        lines = [f"{settings.name}: images in {settings.place}", f"snapshots  {count}"]
     else:
         found = await upkeep.inspect(settings)
         document |= asdict(found) | {"keys": [_key_document(key) for key in found.keys]}
         lines = [
-            f"{settings.name}: repository {found.identity} in {settings.place}",
+            f"{settings.name}: repository {found.id} in {settings.place}",
             f"format     restic, version {found.format_version}",
             f"keys       {len(found.keys)}",
-            f"snapshots  {found.snapshots}",
+            f"snapshots  {count} of VMs, {found.all_snapshots} in all",
             f"packs      {found.packs}, {format_size(found.packs_bytes)}",
             *(f"locked     {lock}" for lock in found.locks),
             *(f"damaged    {problem}" for problem in found.damaged),
@@ -155,12 +154,6 @@ async def remove_key(config: Config, arguments: argparse.Namespace) -> int:
     settings = _repository(config, arguments)
     repository = await upkeep.opened(settings)
     key = await _the_key(repository, arguments.key)
-    if key.current:
-        raise TargetError(
-            f"key {key.id} is that of the password that vmfleece uses",
-            hint="add a key, put its password into the target's password_file, then remove this one",
-            code="key-in-use",
-        )
     await repository.remove_password(bytes.fromhex(key.id))
     if arguments.json:
         render.print_json({"target": settings.name, "key": key.id})
@@ -169,7 +162,7 @@ async def remove_key(config: Config, arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-async def _the_key(repository: Repository, wanted: str) -> "KeyInfo":
+async def _the_key(repository: Repository, wanted: str) -> KeyInfo:
     keys = await repository.keys()
     found = [key for key in keys if wanted and key.id.startswith(wanted)]
     if len(found) != 1:
@@ -242,5 +235,5 @@ def _repository(config: Config, arguments: argparse.Namespace) -> TargetSettings
     return settings
 
 
-def _key_document(key: "KeyInfo") -> dict[str, Any]:
+def _key_document(key: KeyInfo) -> dict[str, Any]:
     return asdict(key) | {"created": key.created.isoformat()}

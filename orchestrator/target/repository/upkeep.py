@@ -7,7 +7,6 @@ they are removed before it starts.
 import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from orchestrator.config import TargetSettings
 from orchestrator.target.repository import restic_tool
@@ -16,21 +15,22 @@ from orchestrator.target.restic import access, config, lock_file
 from orchestrator.target.restic.access import Opened
 from orchestrator.target.restic.backend.base import Backend, Kind
 from orchestrator.target.restic.errors import Damaged, FileMissing
+from orchestrator.target.restic.keys import KeyInfo
 from orchestrator.target.restic.place import backend_at, restic_name
 from orchestrator.target.restic.repository import Repository
-
-if TYPE_CHECKING:
-    from orchestrator.target.restic.keys import KeyInfo
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What is in a repository. `locks`: who holds them; `damaged`: what is wrong with snapshots and locks."""
+    """What is in a repository. `all_snapshots`: others' than VMs', too. `locks`: who holds them.
 
-    identity: str
+    `damaged`: what is wrong with snapshots and locks.
+    """
+
+    id: str
     format_version: int
-    keys: "tuple[KeyInfo, ...]"
-    snapshots: int
+    keys: tuple[KeyInfo, ...]
+    all_snapshots: int
     packs: int
     packs_bytes: int
     locks: tuple[str, ...]
@@ -57,10 +57,10 @@ async def inspect(settings: TargetSettings) -> Inspection:
     locks = await asyncio.to_thread(lambda: list(_locks(backend, key)))
     damaged = [*listing.damaged, *(one for one in locks if isinstance(one, Damaged))]
     return Inspection(
-        identity=repository.identity.hex(),
+        id=repository.identity.hex(),
         format_version=config.VERSION,
         keys=tuple(await repository.keys()),
-        snapshots=len(listing.snapshots),
+        all_snapshots=len(listing.snapshots),
         packs=len(packs),
         packs_bytes=sum(packs),
         locks=tuple(one for one in locks if isinstance(one, str)),
