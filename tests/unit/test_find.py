@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime
 
 import pytest
@@ -109,3 +110,33 @@ def test_a_disk_is_found_by_name_or_the_names_are_told() -> None:
     with pytest.raises(TargetError, match="vda, vdb") as none:
         KNOWN[0].disk("vdc")
     assert none.value.code == "no-disk"
+
+
+def of_restic(number: int, restics: str) -> Snapshot:
+    made = snapshot("web01", f"2026-11-2{number}T00:00:00Z")
+    return replace(made, target="offsite", details={"restic": restics})
+
+
+RESTICS = [of_restic(1, "0123abcd" + "0" * 56), of_restic(2, "0123abcd" + "f" * 56), of_restic(3, "77" * 32)]
+
+
+@pytest.mark.parametrize(("wanted", "number"), [("0123abcdf", 1), ("0123abcd" + "0" * 56, 0), ("77777777", 2)])
+def test_restics_id_is_as_good(wanted: str, number: int) -> None:
+    assert find([*KNOWN, *RESTICS], wanted) == RESTICS[number]
+
+
+@pytest.mark.parametrize("wanted", ["7777777", "77" * 33, "7777777x", "0123ABCDF", "88888888"])
+def test_what_is_not_restics_id(wanted: str) -> None:
+    with pytest.raises(TargetError, match=f"no snapshot '{wanted}'") as refused:
+        find([*KNOWN, *RESTICS], wanted)
+    assert refused.value.code == "no-snapshot"
+
+
+def test_digits_of_several_are_not_enough() -> None:
+    with pytest.raises(TargetError, match="several snapshots begin with 0123abcd") as refused:
+        find(RESTICS, "0123abcd")
+    assert refused.value.code != "no-snapshot"
+
+
+def test_a_snapshot_that_is_on_two_targets_is_one() -> None:
+    assert find([RESTICS[2], replace(RESTICS[2], target="copy")], "77777777").id == RESTICS[2].id
