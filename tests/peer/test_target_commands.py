@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import structlog
+from moto.server import ThreadedMotoServer
 
 from orchestrator.cli.main import main
 from orchestrator.target.restic.backend.directory import DirectoryBackend
@@ -306,6 +308,30 @@ def test_pruning_says_which_repositories_were_reclaimed(run: Run) -> None:
     assert json.loads(run("prune", "--reclaim", "--json").stdout) == document
     assert json.loads(run("prune", "--json").stdout) == document | {"reclaimed": []}
     run("prune", "--reclaim", "--dry-run", code=2)
+
+
+def test_a_bucket(run: Run, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "vmfleece.toml"
+    place = f"s3://commands-{version}/some/prefix"
+    config.write_text(config.read_text().replace(f'path = "{tmp_path}/repository"', f'url = "{place}"'))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)
+    assert error(run("target", "init", "main", "--json", code=1))["code"] == "target-keys"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", OTHER)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        url = "http://{}:{}".format(*server.get_host_and_port())
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        request = urllib.request.Request(f"{url}/commands-{version}", method="PUT")  # noqa: S310  our own server
+        urllib.request.urlopen(request, timeout=30).close()  # noqa: S310
+        assert error(run("target", "show", "main", "--json", code=10))["code"] == "no-repository"
+        assert json.loads(run("target", "init", "main", "--json").stdout)["place"] == place
+        assert json.loads(run("target", "show", "main", "--json").stdout)["packs"] == 0
+        assert "no errors were found" in run("target", "check", "main", "--read-data").stdout
+        assert "done" in run("target", "reclaim", "main").stdout.splitlines()
+    finally:
+        server.stop()
 
 
 def test_a_wrong_password(run: Run, restic: Restic, tmp_path: Path) -> None:
