@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,42 @@ async def test_it_is_verified_and_damage_is_found(written: Written, tmp_path: Pa
         with pytest.raises(TargetError, match=packs[-1].name) as wrong:
             await contents.extract(repository, content, name="vda", to=tmp_path / "out", image_format=image_format)
         assert wrong.value.code == "content-wrong"
+
+
+def vmfleece(config: Path, *arguments: str | Path, code: int = 0) -> str:
+    argv = [sys.executable, "-m", "orchestrator", *map(str, arguments), "--config", str(config)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == code, done.stderr
+    return done.stdout + (done.stderr if code else "")
+
+
+def test_what_restic_backed_up_is_restored_from_the_command_line(restic: Restic, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    (source / "images").mkdir(parents=True)
+    out.mkdir()
+    disks = {"web01.raw": DISK, "db01.raw": DISK[: 5 * MIB]}
+    for name, content in disks.items():
+        (source / "images" / name).write_bytes(content)
+    restic.run("init", "--repository-version", "2")
+    restic.run("backup", "images", cwd=source)
+    (made,) = restic.json("snapshots")
+    (tmp_path / "password").write_text(restic.password)
+    (tmp_path / "password").chmod(0o600)
+    config = tmp_path / "vmfleece.toml"
+    config.write_text(
+        f'[daemon]\nstate_dir = "{tmp_path}/state"\n[target.offsite]\ndriver = "restic"\n'
+        f'path = "{restic.folder}"\npassword_file = "{tmp_path}/password"\n'
+    )
+    name = made["id"][:8]
+    vmfleece(config, "restore", name, "--disk", "images/web01.raw", "--to", out / "one.raw")
+    assert (out / "one.raw").read_bytes() == DISK
+    vmfleece(config, "restore", name, "--all", "--to", out)
+    assert {path.name for path in out.iterdir()} == {"one.raw", "images_web01.raw.raw", "images_db01.raw.raw"}
+    for disk_name, content in disks.items():
+        assert (out / f"images_{disk_name}.raw").read_bytes() == content
+    assert "fine" in vmfleece(config, "verify", name)
+    assert "images/db01.raw" in vmfleece(config, "snapshot", "show", name)
+    assert "no snapshot '88888888'" in vmfleece(config, "verify", "88888888", code=1)
 
 
 async def test_one_file_is_taken_out_of_a_file_system_in_it(restic: Restic, tmp_path: Path) -> None:
