@@ -289,7 +289,7 @@ class _Run:
                 finishing = aio.all_or_first_error(
                     self._finish(gear, disk, one) for disk, one in zip(self._facts.disks, copying, strict=True)
                 )
-                await aio.unless(lease.giving_way(), finishing)
+                await aio.unless(lease.giving_way(), aio.unless(draft.lost(), finishing))
         self._enter(Phase.COMMITTING)
         self._facts.snapshot = await draft.commit(self._facts.details(self._run, self._options), self._facts.files)
         log.info("snapshot.committed", snapshot=draft.snapshot_id, target=self._options.target)

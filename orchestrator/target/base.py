@@ -25,7 +25,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from orchestrator.errors import TargetError
 from orchestrator.model import Disk
@@ -164,6 +164,10 @@ class Draft(abc.ABC):
     @abc.abstractmethod
     async def why_unwritten(self, disk: Disk) -> TargetError | None:
         """Why QEMU could not write to a disk's sink, where the target knows better than QEMU; else None."""
+
+    @abc.abstractmethod
+    async def lost(self) -> NoReturn:
+        """Raise TargetError as soon as nothing that is written can become a snapshot any more; wait until then."""
 
     @abc.abstractmethod
     async def cut_off(self) -> None:

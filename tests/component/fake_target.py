@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from orchestrator.errors import TargetError
 from orchestrator.model import Disk
@@ -32,6 +32,7 @@ class FakeTarget(Target):
         self.listed: list[Snapshot] = []
         self.begun = 0
         self.compresses = False
+        self.losing = asyncio.Event()
         self.drafts: list[FakeDraft] = []
         self.contents: dict[tuple[str, str], bytes] = {}
         self.files: dict[str, list[ExtraFile]] = {}
@@ -126,6 +127,11 @@ class FakeDraft(Draft):
 
     async def why_unwritten(self, disk: Disk) -> TargetError | None:  # noqa: ARG002
         return None
+
+    async def lost(self) -> NoReturn:
+        while True:
+            await self._target.losing.wait()
+            raise TargetError("the target is gone", code="target-gone")
 
     async def cut_off(self) -> None:
         await self._target.step("cut_off")

@@ -253,6 +253,21 @@ async def test_leftovers_of_a_dead_run_of_ours_are_taken_out_first(make: Make, b
     await world.assert_nothing_is_left(before)
 
 
+async def test_a_target_that_is_lost_ends_the_run_at_once(make: Make, before: list[str]) -> None:
+    world = make()
+    world.qemu.automatic = False  # the jobs would never end by themselves
+
+    def lose(command: Command) -> None:
+        if command.name == "transaction" and "blockdev-backup" in str(command.arguments):
+            world.fake_target.losing.set()
+
+    world.qemu.before = lose
+    result = await world.back_up()
+    assert failed_with(result) == "target-gone"
+    await world.assert_nothing_is_left(before)
+    await world.assert_nothing_is_listed()
+
+
 async def test_a_job_that_a_dead_run_of_ours_left(make: Make, before: list[str]) -> None:
     world = make()
     leave(world, OTHER_RUN)

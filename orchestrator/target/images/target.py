@@ -17,7 +17,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import structlog
 
@@ -274,6 +274,10 @@ class ImagesDraft(Draft):
 
     async def why_unwritten(self, disk: Disk) -> TargetError | None:  # noqa: ARG002  QEMU itself knows best
         return None
+
+    async def lost(self) -> NoReturn:
+        while True:  # what is written is there
+            await asyncio.Event().wait()
 
     async def cut_off(self) -> None:
         """Nothing: a file answers by itself."""

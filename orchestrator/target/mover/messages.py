@@ -5,6 +5,7 @@ Requests have a number, and so do their answers.
     → {"number": 1, "ask": "open", "place": "/srv/backup", "password": "…", …}
     ← {"number": 1, "value": null}
     ← {"progress": {"vda": 4194304}}
+    ← {"lost": {"kind": "LockLost", …}}
     ← {"number": 2, "error": {"kind": "Damaged", "code": …, "message": …, "hint": …}}
 
 A request that comes with a descriptor says so ("descriptor": true); they are passed in the order of the requests.

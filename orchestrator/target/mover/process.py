@@ -18,10 +18,10 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 from orchestrator import aio
-from orchestrator.errors import TargetError
+from orchestrator.errors import TargetError, VmfleeceError
 from orchestrator.target.mover import messages
 from orchestrator.target.mover.messages import Lines, Message, Sealed
 from orchestrator.target.restic.backend.objects import PATIENCE
@@ -29,6 +29,8 @@ from orchestrator.target.restic.backend.objects import PATIENCE
 RECEIVE_BYTES = 64 * 1024
 END_SECONDS = 30.0
 TELL_SECONDS = 10.0
+SILENCE_SECONDS = 300.0
+"""A worker that has opened its repository tells its progress each second; one that does not hangs."""
 LAST_WORDS = 2000
 
 
@@ -47,7 +49,9 @@ class Mover:
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._turn = asyncio.Lock()
+        self._telling = False
         self._dead: TargetError | None = None
+        self._lost: asyncio.Future[VmfleeceError] = asyncio.get_running_loop().create_future()
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -84,6 +88,7 @@ class Mover:
                 async with aio.background(mover._listen()):
                     seconds = patience.total_seconds()
                     await mover._ask("open", place=place, password=password, patience_seconds=seconds)
+                    mover._telling = True
                     yield mover
             finally:
                 ours.close()  # that ends it
@@ -141,6 +146,10 @@ class Mover:
         )
         return bytes.fromhex(committed)
 
+    async def lost(self) -> NoReturn:
+        """Raise TargetError once nothing that is written can be committed any more."""
+        raise await asyncio.shield(self._lost)
+
     def kill(self) -> None:
         """End the process at once, whatever it does: QEMU's requests fail, and nothing more is listed."""
         with contextlib.suppress(ProcessLookupError):
@@ -173,26 +182,44 @@ class Mover:
     async def _listen(self) -> None:
         """Hand out answers until the worker is gone, and then what became of it."""
         loop, lines = asyncio.get_running_loop(), Lines()
-        with contextlib.suppress(OSError):
-            while data := await loop.sock_recv(self._control, RECEIVE_BYTES):
+        silent = ""
+        try:
+            while data := await self._received(loop):
                 for message in lines.feed(data):
                     self._take(message)
+        except TimeoutError:
+            silent = f", since it had said nothing for {SILENCE_SECONDS:g} s"
+            self.kill()
+        except OSError:
+            pass
         stderr = await self._process.stderr.read() if self._process.stderr else b""
         code = await self._process.wait()
         said = stderr.decode(errors="replace").strip()[-LAST_WORDS:]
         self._dead = TargetError(
-            f"the process that writes to the repository ended too early (exit code {code})"
+            f"the process that writes to the repository ended too early (exit code {code}){silent}"
             + (f": {said.splitlines()[-1]}" if said else ""),
             hint="was it killed, for want of memory say? Nothing of the run is listed; try again",
             code="mover-died",
         )
+        self._note_loss(self._dead)
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_exception(self._dead)
 
+    async def _received(self, loop: asyncio.AbstractEventLoop) -> bytes:
+        async with asyncio.timeout(SILENCE_SECONDS if self._telling else None):
+            return await loop.sock_recv(self._control, RECEIVE_BYTES)
+
+    def _note_loss(self, error: VmfleeceError) -> None:
+        if not self._lost.done():
+            self._lost.set_result(error)
+
     def _take(self, message: Message) -> None:
         if "progress" in message:
             self._on_progress(message["progress"])
+            return
+        if "lost" in message:
+            self._note_loss(messages.to_error(message["lost"]))
             return
         waiting = self._waiting.get(message["number"])
         if waiting is None or waiting.done():

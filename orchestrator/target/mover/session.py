@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import NoReturn
 
 from orchestrator import __version__, aio
 from orchestrator.errors import TargetError
@@ -80,6 +81,10 @@ class Session:
                     yield session
                 finally:
                     await aio.finish(session._cut_off())
+
+    async def lost(self) -> NoReturn:
+        """Raise LockLost once nothing can be committed any more."""
+        await self._lock.lost()
 
     async def parent_of(self, disk: str, snapshot: bytes | None) -> FileContent | None:
         """What a disk is to be built on; None without a `snapshot`. Raises ParentUnusable, BackendError."""

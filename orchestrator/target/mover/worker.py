@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from orchestrator import aio
-from orchestrator.errors import VmfleeceError
+from orchestrator.errors import TargetError, VmfleeceError
 from orchestrator.target.mover import messages
 from orchestrator.target.mover.messages import Lines, Message
 from orchestrator.target.mover.session import Session
@@ -67,7 +67,7 @@ class Worker:
             backend = backend_at(asked["place"], patience=timedelta(seconds=asked["patience_seconds"]))
             async with Session.opened(backend, asked["password"]) as session:
                 await self._send({"number": asked["number"], "value": None})
-                async with aio.background(self._tell_progress(session)):
+                async with aio.background(self._tell_progress(session), self._tell_loss(session)):
                     await self._serve(inbox, session)
         except VmfleeceError as error:
             await self._send({"number": asked["number"], "error": messages.of_error(error)})
@@ -96,6 +96,12 @@ class Worker:
         while True:
             await asyncio.sleep(PROGRESS_SECONDS)
             await self._send({"progress": session.written_bytes()})
+
+    async def _tell_loss(self, session: Session) -> None:
+        try:
+            await session.lost()
+        except TargetError as error:
+            await self._send({"lost": messages.of_error(error)})
 
     async def _send(self, message: Message) -> None:
         with contextlib.suppress(OSError):  # nobody is there to be told

@@ -3,7 +3,7 @@
 import socket
 from collections.abc import Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import structlog
 
@@ -58,6 +58,9 @@ class RepositoryDraft(Draft):
 
     async def why_unwritten(self, disk: Disk) -> TargetError | None:
         return await self._mover.value.trouble(disk.id)
+
+    async def lost(self) -> NoReturn:
+        await self._mover.value.lost()
 
     async def cut_off(self) -> None:
         if self._committed is None:
