@@ -1,7 +1,9 @@
 """What is damaged or lost in a repository: what is told of it, and that the next snapshot does not rely on it."""
 
 import asyncio
+import contextlib
 import hashlib
+import random
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -13,7 +15,8 @@ from orchestrator.errors import TargetError
 from orchestrator.target.restic.backend.base import CONFIG, Backend, File, Kind, Stored
 from orchestrator.target.restic.backend.directory import DirectoryBackend
 from orchestrator.target.restic.backend.memory import MemoryBackend
-from orchestrator.target.restic.errors import Damaged, FileMissing, NoRepository
+from orchestrator.target.restic.errors import Damaged, FileMissing, NoRepository, WrongPassword
+from orchestrator.target.restic.lock import Pace
 from orchestrator.target.restic.pack import BlobKind
 from orchestrator.target.restic.repository import READERS, Repository
 from orchestrator.target.restic.tree import FileContent
@@ -25,6 +28,7 @@ from tests.component.test_restic_repository import (
     content_of,
     files_of,
     rewrite,
+    write,
 )
 
 SIZE = 4096
@@ -242,3 +246,53 @@ async def test_without_its_config_or_its_keys_it_cannot_be_opened(
     with pytest.raises(FileMissing):
         backend.read(File(Kind.KEYS, bytes(32)))
     assert repository.lacking == ()
+
+
+# Any file, any damage
+
+
+def damaged(content: bytes, chance: random.Random) -> bytes:
+    """A byte is another one, the end is missing, or what is there is something else."""
+    at = chance.randrange(len(content))
+    return chance.choice(
+        [
+            content[:at] + bytes([content[at] ^ chance.randrange(1, 256)]) + content[at + 1 :],
+            content[:at],
+            content + b"\0",
+            chance.randbytes(len(content)),
+        ]
+    )
+
+
+async def test_no_damage_is_read_as_content_and_the_next_snapshot_is_good_or_refused() -> None:
+    original = MemoryBackend()
+    repository = await Repository.create(original, PASSWORD, cost=CHEAP)
+    first = await backup(repository, CHUNKS)
+    new = [*CHUNKS[:3], chunk(99, SIZE)]
+    refused = 0
+    for seed in range(200):
+        chance = random.Random(seed)  # noqa: S311
+        backend = MemoryBackend()
+        backend.files = dict(original.files)
+        file = chance.choice(sorted(backend.files, key=str))
+        backend.files[file] = damaged(backend.files[file], chance)
+        try:
+            opened = await loaded(backend)
+        except (Damaged, WrongPassword):
+            assert file.kind in (None, Kind.KEYS, Kind.INDEX)
+            refused += 1
+            continue
+        for made in (await opened.snapshots()).snapshots:
+            assert made == first
+            with contextlib.suppress(Damaged):
+                assert await content_of(opened, made) == b"".join(CHUNKS)
+        async with opened.lock(pace=Pace(settle_seconds=0)) as lock:
+            second = await write(opened.writer(lock), new, 1)
+        try:
+            content = await content_of(await loaded(backend), second)
+        except Damaged as told:
+            assert file.kind is Kind.DATA
+            assert file.path in told.file  # noqa: PT017
+        else:
+            assert content == b"".join(new)
+    assert 20 < refused < 150
