@@ -38,7 +38,7 @@ async def prune(config: Config, arguments: argparse.Namespace) -> int:
         ]
     pruned = [one for result in results for one in result.snapshots]
     if not arguments.json:
-        _print(pruned, dry_run=arguments.dry_run)
+        _print(pruned, _repositories(config), dry_run=arguments.dry_run)
     # Not while we own state_dir: it may take hours, and only the repository itself is closed to others.
     reclaimed = await _reclaim(config, arguments, dict(wanted)) if arguments.reclaim else []
     if arguments.json:
@@ -53,7 +53,7 @@ async def _reclaim(config: Config, arguments: argparse.Namespace, targets: Itera
     rows: list[dict[str, Any]] = []
     for name in targets:
         settings = config.target[name]
-        if settings.driver is TargetDriver.RESTIC:
+        if name in _repositories(config):
             rows.append({"target": name, "error": None})
             try:
                 await upkeep.reclaim(settings, on_line=restic_lines(arguments))
@@ -106,6 +106,11 @@ def _alone(config: Config) -> Iterator[None]:
         yield
 
 
+def _repositories(config: Config) -> set[str]:
+    """Targets where removing a snapshot frees no space yet."""
+    return {name for name, settings in config.target.items() if settings.driver is TargetDriver.RESTIC}
+
+
 def _document(one: Pruned, *, dry_run: bool) -> dict[str, Any]:
     return {
         "snapshot": one.snapshot.id,
@@ -120,7 +125,7 @@ def _document(one: Pruned, *, dry_run: bool) -> dict[str, Any]:
     }
 
 
-def _print(pruned: Sequence[Pruned], *, dry_run: bool) -> None:
+def _print(pruned: Sequence[Pruned], repositories: set[str], *, dry_run: bool) -> None:
     """Why each stays or goes, and the sum. What failed is logged with what to do."""
     table = Table("SNAPSHOT", "", "REASONS", "TARGET", box=None, pad_edge=False)
     for one in pruned:
@@ -130,7 +135,8 @@ def _print(pruned: Sequence[Pruned], *, dry_run: bool) -> None:
     render.print_table(table)
     removed = [one.snapshot for one in pruned if one.removed]
     grown_bytes = sum(one.grown_bytes for one in pruned)
-    freed = format_size(max(0, sum(snapshot.stored_bytes for snapshot in removed) - grown_bytes))
+    removed_bytes = sum(one.stored_bytes for one in removed if one.target not in repositories)
+    freed = format_size(max(0, removed_bytes - grown_bytes))
     would_be = "would be " if dry_run else ""
     kept = sum(one.keep for one in pruned)
     merged = sum(one.merged for one in pruned)
@@ -138,3 +144,5 @@ def _print(pruned: Sequence[Pruned], *, dry_run: bool) -> None:
         freed = f"at most {freed}"
     kept_how = f"{kept} kept, {merged} of them {would_be}merged" if merged else f"{kept} kept"
     render.print_line(f"{kept_how}, {len(removed)} {would_be}removed, {freed} {would_be}freed")
+    if not_freed := sorted({one.target for one in removed} & repositories):
+        render.print_line(f"a repository's space is free after `vmfleece target reclaim`: {', '.join(not_freed)}")

@@ -11,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,14 @@ import structlog
 from moto.server import ThreadedMotoServer
 
 from orchestrator.cli.main import main
+from orchestrator.target.base import Snapshot, SnapshotDisk
+from orchestrator.target.repository import listing
 from orchestrator.target.restic.backend.directory import DirectoryBackend
 from orchestrator.target.restic.crypto import Cost
 from orchestrator.target.restic.repository import Repository
+from orchestrator.target.restic.snapshot import ResticSnapshot
+from orchestrator.target.restic.tree import FileContent
+from orchestrator.units import MIB
 from tests.guest.restics import RESTICS, Restic
 
 pytestmark = pytest.mark.timeout(600)
@@ -299,6 +305,39 @@ def test_restic_reclaims(run: Run, restic: Restic, tmp_path: Path, command: tupl
     said = run(*command)
     assert "done" in said.stdout.splitlines()
     assert json.loads(run("target", "show", "main", "--json").stdout)["packs_bytes"] == 0
+    restic.check()
+
+
+async def take(folder: Path, day: int) -> None:
+    """A snapshot of a VM, as a run of that day would have made it."""
+    when = datetime(2026, 11, day, 2, 30, tzinfo=UTC)
+    repository = await Repository.open(DirectoryBackend(folder), PASSWORD)
+    async with repository.lock() as lock:
+        await repository.load_index()
+        writer = repository.writer(lock)
+        chunk, _ = writer.add_chunk(memoryview(os.urandom(MIB)))
+        tree = await writer.write_file_tree({"vda.raw": FileContent(MIB, [chunk])}, b"{}", when)
+        disk = SnapshotDisk("vda", MIB, None, MIB)
+        taken = Snapshot(f"web01/{when:%Y%m%dT%H%M%SZ}", "main", "web01", when, "full", (disk,), {})
+        note, tags = listing.note(taken), listing.tags(taken)
+        await writer.commit(ResticSnapshot(when, tree, "web01", (listing.path("web01"),), tags, note=note))
+
+
+def test_a_removed_snapshots_space_is_free_once_it_was_reclaimed(run: Run, restic: Restic) -> None:
+    for day in (20, 21, 22):
+        asyncio.run(take(restic.repository, day))
+    not_free = "a repository's space is free after `vmfleece target reclaim`: main"
+    for arguments, summary in (
+        (("--dry-run",), ["1 kept, 2 would be removed, 0 B would be freed", not_free]),
+        ((), ["1 kept, 2 removed, 0 B freed", not_free]),
+        ((), ["1 kept, 0 removed, 0 B freed"]),
+    ):
+        said = run("prune", *arguments).stdout.splitlines()
+        assert said[said.index(summary[0]) :] == summary
+    assert "snapshots  1 of VMs, 1 in all" in run("target", "show", "main").stdout
+    assert json.loads(run("target", "show", "main", "--json").stdout)["packs_bytes"] > 3 * MIB
+    assert "done" in run("prune", "--reclaim").stdout.splitlines()
+    assert MIB < json.loads(run("target", "show", "main", "--json").stdout)["packs_bytes"] < 2 * MIB
     restic.check()
 
 
