@@ -8,10 +8,11 @@
     │   ├── ConnectionLost   it was there; outcome of running commands unknown retryable
     │   ├── CommandTimeout   no reply in time; outcome unknown                retryable
     │   └── CommandFailed    QEMU refused the command
+    ├── AgentError           the guest agent: absent, silent, or it refused
     ├── RefusedError         the VM is in no state to be backed up now        retryable
     ├── AdmissionError       what is wanted can never be granted
     ├── StorageError         a storage of fleecing images
-    ├── TargetError          a target of backups
+    ├── TargetError          a target of backups; a repository's: target/restic/errors.py
     ├── ToolError            qemu-img, qemu-nbd or nbdcopy failed or is missing
     ├── FleecingError        the snapshot broke: image full, slow or broken   retryable
     ├── CopyError            the job that copies failed for another reason    retryable
@@ -100,6 +101,12 @@ class CommandFailed(MonitorError):
         super().__init__(f"QEMU refused {command}: {description}")
         self.command = command
         self.description = description
+
+
+class AgentError(VmfleeceError):
+    """The guest agent is not there, did not answer, or refused."""
+
+    code = "agent-refused"
 
 
 class RefusedError(VmfleeceError):
