@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -494,3 +494,26 @@ def test_runs_leave_out_whole_blocks_of_zeroes_only(length: int) -> None:
             ((begin, end),) = raw_file._runs(bytes(content))
             assert begin <= at < end <= length
             assert end - begin <= raw_file.HOLE_BYTES
+
+
+# --- what only hashes can tell ---
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+async def test_an_index_that_is_wrong_is_found(rig: Rig, tmp_path: Path, image_format: str) -> None:
+    """Sealed with the repository's key, and yet another content: reading tells, or what was written."""
+    disk = await rig.add("vda", NOISE, grid(NOISE))
+    (there,) = rig.repository._index.find(BlobKind.DATA, disk.chunks[0])
+    forged = b"\7" * 32
+    rig.repository._index.add(there.pack, [replace(there.entry, identity=forged)])
+    wrong = FileContent(disk.size_bytes, [disk.chunks[0], forged, disk.chunks[2]])
+    found = await contents.verify(rig.repository, {"vda": wrong}, share=1.0)
+    assert [forged.hex() in one for one in found.problems] == [True]
+    out = tmp_path / "out"
+    if image_format == "raw":
+        content = await contents.extract(rig.repository, wrong, name="vda", to=out, image_format="raw")
+        assert problem(content, out.read_bytes()).startswith("1 of 3 chunks are not what they must be")
+    else:
+        with pytest.raises(TargetError, match=forged.hex()) as told:
+            await contents.extract(rig.repository, wrong, name="vda", to=out, image_format=image_format)
+        assert told.value.code == "content-wrong"

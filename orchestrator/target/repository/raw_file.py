@@ -1,6 +1,7 @@
 """Writing a repository's file as a sparse raw image: in threads, each distinct chunk decoded once.
 
-qemu-img, reading by NBD, takes twice the processor time for that.
+qemu-img, reading by NBD, takes twice the processor time for that. Hashes are not looked at here: they are those of
+what was written, which is read back.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ _ZEROES = bytes(HOLE_BYTES)
 
 
 async def write(repository: Repository, layout: Layout, to: Path) -> None:
-    """Make a file of that content, holes where it is zero.
+    """Make a file of that content, holes where it is zero. The caller holds it against the chunks' hashes.
 
     Raises TargetError "restore-path" if it cannot be written, and as `Repository.read_blob`. Cancelling it leaves
     some of the content in the file, and no thread.
@@ -54,7 +55,7 @@ async def in_threads(work: Callable[[T], None], items: Iterable[T]) -> None:
 
 
 def _write_chunk(repository: Repository, descriptor: int, identity: bytes, starts: list[int]) -> None:
-    content = repository.read_blob(identity)
+    content = repository.read_blob(identity, hashed=False)
     with memoryview(content) as view:
         for begin, end in _runs(content):
             for start in starts:
