@@ -1,8 +1,8 @@
 """How fast a disk is restored from a repository, beside restic: `python -m benchmarks.restore`.
 
-A disk of 2 GiB, of which a third is random, half text and a sixth zero, scattered; a repository in a folder, all
-of it in the page cache; in turn. We read back and hash what was written, and make it durable; `restic restore` does
-neither, `restic restore --verify` reads it back. Needs restic 0.18 from `make tools`. Trust the ratios.
+A disk of 2 GiB, of which a third is random, half text and a sixth zero, scattered; a repository in a folder, in
+the page cache; in turn. We read back and hash what was written, and make it durable; `restic restore` does
+neither, `restore --verify` reads it back. Needs restic 0.18 from `make tools`. Trust the ratios.
 """
 
 import asyncio
