@@ -116,7 +116,7 @@ def _references(draft: Draft, name: str, job: JobTable) -> Iterator[Problem]:
 
 
 def _repository(draft: Draft, name: str, job: JobTable) -> Iterator[Problem]:
-    """Yield what keeps a job from having the fleecing images without which it cannot write to a repository."""
+    """Yield what does not fit a job that writes to a repository: no fleecing images, and chains."""
     target = f"target {job.target!r} {_NEEDS_FLEECING}"
     if job.fleecing and not job.fleecing.enabled:
         yield Problem(("job", name, "fleecing"), f"{target}; allowed: enabled=1")
@@ -125,6 +125,12 @@ def _repository(draft: Draft, name: str, job: JobTable) -> Iterator[Problem]:
         yield Problem(("job", name, "target"), text)
     if job.fleecing_policy is FleecingPolicy.PREFER:
         yield Problem(("job", name, "fleecing_policy"), f"{target}; allowed: 'require'")
+    for key, allowed in (("full_every", "0"), ("merge_chains", "false")):
+        if getattr(job, key):
+            text = (
+                f"target {job.target!r} is a repository, where no snapshot builds on another; allowed: {allowed}"
+            )
+            yield Problem(("job", name, key), text)
 
 
 def _writes_repository(draft: Draft, job: JobTable) -> bool:

@@ -311,6 +311,16 @@ def test_a_repository_is_not_written_without_fleecing(tmp_path: Path, line: str,
     assert problem == f"18: job.nightly.{line.split(' = ', maxsplit=1)[0]}: {NEEDS_FLEECING}, {allowed}"
 
 
+@pytest.mark.parametrize(("line", "allowed"), [("full_every = 30", "0"), ("merge_chains = true", "false")])
+def test_there_are_no_chains_in_a_repository(tmp_path: Path, line: str, allowed: str) -> None:
+    text = a_repository('path = "/b"')
+    (problem,) = problems(tmp_path, text + line)
+    expected = f"target 'main' is a repository, where no snapshot builds on another; allowed: {allowed}"
+    key = line.partition(" ")[0]
+    assert problem == f"18: job.nightly.{key}: {expected}"
+    load(tmp_path, f"{text}{key} = {allowed}")
+
+
 def test_a_repository_is_not_written_without_a_storage(tmp_path: Path) -> None:
     text = a_repository('path = "/b"')
     without = text[text.index("[target") :]
