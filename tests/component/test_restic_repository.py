@@ -353,7 +353,9 @@ async def test_what_could_not_be_saved_is_once_that_is_possible_again(broken: Ki
     async with repository.lock() as lock:
         writer = repository.writer(lock, pack_bytes=16 * MIB)
         tasks = [again(lambda one=one: asyncio.to_thread(writer.add_chunk, one)) for one in contents]  # type: ignore[misc]
-        ids = [identity for identity, _ in await asyncio.gather(*tasks)]
+        added = await asyncio.gather(*tasks)
+        ids = [identity for identity, _ in added]
+        assert sum(added_bytes for _, added_bytes in added) == writer.written.added_packed_bytes
         assert writer.written.data_blobs == 40
         files = {"vda.raw": FileContent(40 * MIB, ids)}
         tree = await again(lambda: writer.write_file_tree(files, b"{}", NOON))

@@ -86,6 +86,7 @@ class Writer:
         self._busy = 0
         self._broken: BaseException | None = None
         self._pending: dict[tuple[BlobKind, bytes], _Pending] = {}
+        self._untold: dict[tuple[BlobKind, bytes], int] = {}  # what they take, of those whose adding failed
         self._open: list[PackBuilder] = []  # those that no thread is filling right now
         self._unsaved: list[_Unsaved] = []
         self._unlisted: list[Pack] = []  # saved, and in no index file yet
@@ -183,10 +184,15 @@ class Writer:
             identity = hashlib.sha256(plain).digest()
             with self._turn:
                 if (kind, identity) in self._pending or self._index.has(kind, identity):
-                    return identity, 0
+                    return identity, self._untold.pop((kind, identity), 0)
                 pending = self._pending[kind, identity] = _Pending(len(plain))
             blob = pack.seal_blob(kind, identity, plain, self._key)
-            self._put(blob, pending)
+            try:
+                self._put(blob, pending)
+            except TargetError:
+                with self._turn:
+                    self._untold[kind, identity] = len(blob.sealed)
+                raise
             return identity, len(blob.sealed)
 
     @contextlib.contextmanager
