@@ -2,7 +2,7 @@
 
 A disk of 2 GiB, of which a third is random, half text and a sixth zero, scattered; a repository in a folder, in
 the page cache; in turn. We read back and hash what was written, and make it durable; `restic restore` does
-neither, `restore --verify` reads it back. Needs restic 0.18 from `make tools`. Trust the ratios.
+neither, `restore --verify` reads it back. restic 0.18 comes with `make tools`. Trust the ratios.
 """
 
 import asyncio
@@ -112,7 +112,8 @@ def run_restic(version: str, *arguments: str) -> Callable[[Path, Path], None]:
 
 WAYS: dict[str, Callable[[Path, Path], None]] = {"ours": run_ours} | {
     f"restic {version} {' '.join(arguments)}": run_restic(version, *arguments, "latest", *more)
-    for version in RESTICS
+    for version, program in RESTICS.items()
+    if shutil.which(program)
     for arguments, more in ((("restore",), ()), (("restore", "--verify"), ()), (("dump",), (f"/{FILE}",)))
 }
 
