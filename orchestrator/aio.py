@@ -205,8 +205,9 @@ class Kept(Generic[T]):
                 await closing.wait()
 
         task = asyncio.create_task(keep())
+        either: list[asyncio.Future[Any]] = [task, value]
         try:
-            await asyncio.wait([task, value], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
             task.cancel()
             await finish(_done(task))

@@ -13,7 +13,7 @@ from typing import Any
 
 
 class Consistency(StrEnum):
-    """How a point in time over all disks is made."""
+    """How a point in time over all disks is made; FREEZE: of file systems that the guest has frozen for it."""
 
     FREEZE = "freeze"
     PAUSE = "pause"
@@ -71,6 +71,7 @@ class Vm:
     priority: int = 50
     exclude_disks: tuple[str, ...] = ()
     extra_files: tuple[Path, ...] = ()
+    agent: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

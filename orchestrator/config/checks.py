@@ -8,7 +8,7 @@ from orchestrator.config.draft import Draft, Problem, missing
 from orchestrator.config.schema import JobTable, StorageTable, TargetTable
 from orchestrator.config.select import matching, select
 from orchestrator.config.settings import TargetDriver
-from orchestrator.model import Compression, FleecingPolicy
+from orchestrator.model import Compression, Consistency, FleecingPolicy
 
 _NEEDS_FLEECING = (
     "is a repository, which is written chunk by chunk and cannot be read back by QEMU, "
@@ -25,17 +25,19 @@ def cross_check(draft: Draft) -> Iterator[Problem]:
     for name, job in draft.job.items():
         yield from _references(draft, name, job)
         yield from _selection(draft, name, job)
+        yield from _agents(draft, name, job)
 
 
 def _sockets(draft: Draft) -> Iterator[Problem]:
     owners: dict[Path, str] = {}
     for name, vm in draft.vm.items():
-        if vm.qmp is None:
-            continue
-        owner = owners.setdefault(_resolve(vm.qmp), name)
-        if owner != name:
-            text = f"{str(vm.qmp)!r} is the socket of vm.{owner} too; allowed: one of its own"
-            yield Problem(("vm", name, "qmp"), text)
+        for key, socket in (("qmp", vm.qmp), ("agent", vm.agent)):
+            if socket is None:
+                continue
+            owner = owners.setdefault(_resolve(socket), f"{name}.{key}")
+            if owner != f"{name}.{key}":
+                text = f"{str(socket)!r} is the socket of vm.{owner} too; allowed: one of its own"
+                yield Problem(("vm", name, key), text)
 
 
 def _folders(draft: Draft) -> Iterator[Problem]:
@@ -147,6 +149,18 @@ def wants_fleecing(draft: Draft, job: JobTable) -> bool:
     if job.fleecing_policy is not None:
         return job.fleecing_policy is FleecingPolicy.REQUIRE
     return job.fleecing is not None
+
+
+def _agents(draft: Draft, name: str, job: JobTable) -> Iterator[Problem]:
+    if job.consistency is not Consistency.FREEZE or job.vms is None:
+        return
+    without = [vm for vm in select(job.vms, job.exclude or [], draft.vm) if draft.vm[vm].agent is None]
+    if without:
+        text = (
+            f"'freeze' needs a guest agent, and there is none of {', '.join(without)}; "
+            "allowed: with vm.NAME.agent, or 'pause'"
+        )
+        yield Problem(("job", name, "consistency"), text)
 
 
 def _selection(draft: Draft, name: str, job: JobTable) -> Iterator[Problem]:

@@ -151,7 +151,14 @@ def _config(path: Path, draft: Draft, settings: tuple[Setting, ...]) -> Config:
             for name, table in draft.target.items()
         },
         vm={
-            name: Vm(name, table.qmp, table.priority, tuple(table.exclude_disks), tuple(table.extra_files))
+            name: Vm(
+                name,
+                table.qmp,
+                table.priority,
+                tuple(table.exclude_disks),
+                tuple(table.extra_files),
+                table.agent,
+            )
             for name, table in draft.vm.items()
         },
         job={name: _job(name, table, draft) for name, table in draft.job.items()},

@@ -143,6 +143,11 @@ class VmTable(Table):
         description="Socket of a QMP monitor that nobody else uses.",
         example="/run/qemu/web01.qmp",
     )
+    agent: Socket | None = _key(
+        None,
+        description="Socket of the guest agent, which nobody else uses; for consistency freeze.",
+        example="/run/qemu/web01.qga",
+    )
     priority: Annotated[int, Field(ge=0, le=100)] = _key(
         50, description="Who comes first where runs wait: higher first.", example=50
     )
@@ -223,8 +228,9 @@ class JobTable(Table):
     )
     consistency: Annotated[Consistency, Field(strict=False), one_of(Consistency)] = _key(
         "pause",
-        description="How all disks get one point in time: pause stops the guest for milliseconds; none asks for "
-        "no guarantee, but QEMU still needs that pause to put its filters in safely.",
+        description="How all disks get one point in time: pause stops the guest for milliseconds; freeze has the "
+        "guest agent freeze its file systems meanwhile, and where it cannot, warns and does without; none asks "
+        "for no guarantee, but QEMU still needs that pause to put its filters in safely.",
         example="pause",
     )
     cbw_timeout: CbwTimeout = _key(
@@ -298,8 +304,6 @@ def json_schema() -> dict[str, Any]:
     for later in LATER:
         if later.only is not None:
             tables[later.section][later.key]["const"] = later.only
-        for value in later.values:
-            tables[later.section][later.key]["enum"].remove(value)
     for name in NAMED:
         schema["properties"][name]["additionalProperties"] = False
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

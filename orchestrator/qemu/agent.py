@@ -23,6 +23,8 @@ SYNC_SECONDS = 5.0
 FREEZE_SECONDS = 60.0
 """How long file systems may take to write out what they have; a database's hook script, too."""
 THAW_SECONDS = 30.0
+ABSENT = "agent-absent"
+"""Code of the error that nobody listens at the socket: no QEMU of that VM lives."""
 _DELIMITER = b"\xff"
 _LONGEST_LINE_BYTES = 1 << 20
 
@@ -131,8 +133,8 @@ async def connected(path: Path, *, vm: str) -> AsyncIterator[GuestAgent]:
     except OSError as error:
         raise AgentError(
             f"VM {vm}: no guest agent at {path}: {error.strerror}",
-            hint="check vm.NAME.agent, and that the VM has such a port",
-            code="agent-gone",
+            hint="check vm.NAME.agent, and that the VM runs and has such a port",
+            code=ABSENT,
         ) from error
     try:
         agent = GuestAgent(vm, reader, writer)

@@ -12,7 +12,7 @@ import contextlib
 import secrets
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -35,6 +35,7 @@ from orchestrator.fleecing.names import DiskNames, run_prefix
 from orchestrator.fleecing.pauser import Pauser
 from orchestrator.fleecing.quiet import Quiet
 from orchestrator.model import (
+    Consistency,
     Discard,
     ErrorReport,
     Phase,
@@ -45,11 +46,12 @@ from orchestrator.model import (
 )
 from orchestrator.qemu import capabilities, commands, jobs, qmp, tools
 from orchestrator.qemu.monitor import Monitor
-from orchestrator.run import copy, particulars, survey
+from orchestrator.run import copy, particulars, quiesce, survey
 from orchestrator.run.copying import Copies, Copying, by_windows
 from orchestrator.run.outcome import CANCELLED, DiskRun, Facts, log_result
 from orchestrator.run.plan import Past, Plan
 from orchestrator.run.survey import Storages
+from orchestrator.state.journal import Journal
 from orchestrator.target.base import Draft, ParentUnusable, Target
 
 log = structlog.get_logger(__name__)
@@ -73,6 +75,7 @@ class Means:
     targets: Mapping[str, Target]
     controller: Controller
     is_ours: Callable[[str], bool]
+    journal: Journal
     connect: Connect = qmp.connect
 
 
@@ -277,7 +280,11 @@ class _Run:
             await self._prepare(gear, disk)
         self._facts.particulars = await particulars.look(monitor, [one.disk for one in planned.disks])
         self._enter(Phase.SNAPSHOTTING)
-        await self._snapshot(monitor, draft)
+        # QEMU flushes the disks while the guest waits: what the host still caches is written before.
+        images = [one.disk.image for one in planned.disks if one.disk.image]
+        await asyncio.to_thread(tools.write_back, images)
+        async with self._frozen():
+            await self._snapshot(monitor, draft)
         self._facts.files, missing = await particulars.read_files(self._vm.extra_files)
         self._facts.warnings += missing
         await self._limit_coverage(monitor)
@@ -333,9 +340,6 @@ class _Run:
             )
             for disk in self._facts.disks
         ]
-        # QEMU flushes the disks while the guest waits: what the host still caches is written before.
-        images = [disk.plan.disk.image for disk in self._facts.disks if disk.plan.disk.image]
-        await asyncio.to_thread(tools.write_back, images)
         timeout_seconds = self._options.cbw_timeout_seconds
         if self._pauser is not None:
             self._facts.pause_ms = await graph.take_snapshot_paused(
@@ -346,6 +350,18 @@ class _Run:
             held_ms = await graph.take_snapshot(monitor, filters, cbw_timeout_seconds=timeout_seconds)
             self._facts.pause_ms = held_ms if running else None
         log.info("snapshot.taken", disks=len(filters), pause_ms=self._facts.rounded_pause_ms)
+
+    @contextlib.asynccontextmanager
+    async def _frozen(self) -> AsyncIterator[None]:
+        """The guest's file systems frozen for the block, if that is asked for and can be had."""
+        if self._options.consistency is not Consistency.FREEZE or self._vm.agent is None:
+            yield
+            return
+        async with quiesce.frozen(self._vm.agent, self._means.journal, vm=self._vm.name, run=self._run) as freeze:
+            yield
+        self._facts.frozen_file_systems = 0 if freeze.problem else freeze.file_systems
+        if freeze.problem:
+            self._facts.warnings.append(f"the guest was not frozen for the snapshot: {freeze.problem}")
 
     async def _limit_coverage(self, monitor: Monitor) -> None:
         """Have guest writes copied only where an incremental backup reads; where QEMU was paused, they are."""

@@ -63,6 +63,7 @@ class Facts:
     disks: list[DiskRun] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     pause_ms: float | None = None
+    frozen_file_systems: int = 0
     snapshot: Snapshot | None = None
     particulars: Particulars = field(default_factory=Particulars)
     files: list[ExtraFile] = field(default_factory=list)
@@ -107,6 +108,7 @@ class Facts:
             "job": options.job,
             "kind": self.kind,
             "consistency": options.consistency,
+            "frozen_file_systems": self.frozen_file_systems,
             "pause_ms": self.rounded_pause_ms,
             "vmfleece": __version__,
             "qemu": self.particulars.qemu,

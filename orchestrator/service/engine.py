@@ -26,7 +26,7 @@ from orchestrator.config.settings import TargetDriver, TargetSettings
 from orchestrator.errors import NobodyThere, StorageError, VmfleeceError
 from orchestrator.model import Phase, Progress, RunOptions, RunResult
 from orchestrator.qemu import qmp
-from orchestrator.run import survey
+from orchestrator.run import quiesce, survey
 from orchestrator.run.backup import Connect, Means, back_up, new_run_id
 from orchestrator.run.prune import prune
 from orchestrator.run.survey import Storages
@@ -34,6 +34,7 @@ from orchestrator.service import api, overview
 from orchestrator.service.status import Status, StorageStatus
 from orchestrator.state import lock
 from orchestrator.state.catalogue import Catalogue
+from orchestrator.state.journal import Journal
 from orchestrator.storage.base import Storage
 from orchestrator.storage.directory import DirectoryStorage
 from orchestrator.target.base import Target
@@ -131,6 +132,7 @@ class Engine:
     def __init__(self, config: Config, connect: Connect) -> None:
         self.config = config
         self.catalogue = Catalogue(config.daemon.state_dir)
+        self._journal = Journal(config.daemon.state_dir)
         self._started = datetime.now(UTC)
         self._connect = connect
         self._storages = storages(config)
@@ -146,6 +148,7 @@ class Engine:
             targets=targets_by_name,
             controller=self._controller,
             is_ours=self.catalogue.knows,
+            journal=self._journal,
             connect=connect,
         )
         self.gates = {name: aio.SharedLock() for name in config.target}
@@ -273,12 +276,19 @@ class Engine:
     async def _recover(self) -> None:
         """Give back what dead runs hold as soon as nothing of them lives. Runs until cancelled."""
         while True:
+            await self._thaw()
             for owner in self._controller.stranded():
                 async with self._vm_lock(owner.vm):  # never beside a run of that VM
                     if owner in self._controller.stranded():
                         with structlog.contextvars.bound_contextvars(vm=owner.vm, run=owner.run):
                             await self._recover_one(owner)
             await asyncio.sleep(RECOVER_SECONDS)
+
+    async def _thaw(self) -> None:
+        try:
+            await quiesce.recover(self._journal, running=self._live)
+        except VmfleeceError as error:
+            log.warning("journal.unusable", error=str(error))
 
     async def _recover_one(self, owner: Owner) -> None:
         """Take what a dead run left out of its QEMU, if that still lives, and give back what it holds."""

@@ -96,7 +96,7 @@ async def test_an_agent_that_is_not_there_is_said_so_soon(
         with pytest.raises(AgentError) as absent:
             async with agent.connected(path, vm="web01"):
                 raise AssertionError
-    assert absent.value.code == ("agent-silent" if there else "agent-gone")
+    assert absent.value.code == ("agent-silent" if there else "agent-absent")
 
 
 async def test_an_agent_that_goes_away_is_told(path: Path) -> None:

@@ -20,6 +20,7 @@ from orchestrator.model import (
 )
 from orchestrator.run.backup import Means, back_up
 from orchestrator.run.survey import Storages
+from orchestrator.state.journal import Journal
 from orchestrator.storage.directory import DirectoryStorage
 from orchestrator.target.base import Target
 from tests.component.fake_blocks import CLUSTER
@@ -67,6 +68,10 @@ class World:
     past_results: list[dict[str, Any]] = field(default_factory=list)
 
     @property
+    def journal(self) -> Journal:
+        return Journal(self.folder)
+
+    @property
     def troubles(self) -> Troubles:
         return self.host.troubles
 
@@ -84,6 +89,7 @@ class World:
             targets={"main": self.target},
             controller=self.controller,
             is_ours=self.is_ours,
+            journal=self.journal,
             connect=self.host.connect,
         )
         options = replace(

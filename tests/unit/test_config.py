@@ -324,7 +324,7 @@ def test_the_schema_describes_every_key_with_an_example() -> None:
         assert definition["examples"], (section, key)
         assert {"type", "anyOf"} & set(definition), (section, key)
     job = schema["$defs"]["JobTable"]["properties"]
-    assert job["consistency"]["enum"] == ["pause", "none"]
+    assert job["consistency"]["enum"] == ["freeze", "pause", "none"]
     assert job["full_every"]["maximum"] == 1000
     assert job["prune_backups"]["type"] == "string"
     target = schema["$defs"]["TargetTable"]

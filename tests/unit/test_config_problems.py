@@ -40,7 +40,7 @@ CASES = [
     (
         "job.nightly",
         'consistency = "paus"',
-        "job.nightly.consistency: 'paus' is not allowed; allowed: 'pause', 'none'",
+        "job.nightly.consistency: 'paus' is not allowed; allowed: 'freeze', 'pause', 'none'",
     ),
     (
         "job.nightly",
@@ -96,7 +96,7 @@ CASES = [
     (
         "vm.db01",
         'qmp = "/run/../run/qemu/./web01.qmp"',
-        "vm.db01.qmp: '/run/../run/qemu/web01.qmp' is the socket of vm.web01 too; allowed: one of",
+        "vm.db01.qmp: '/run/../run/qemu/web01.qmp' is the socket of vm.web01.qmp too; allowed: one of",
     ),
     (
         "target.main",
@@ -189,7 +189,7 @@ CASES = [
     # unknown keys
     ("daemon", "max_run = 1", "daemon.max_run: unknown; did you mean 'max_runs'?"),
     ("job.nightly", 'shedule = "daily"', "job.nightly.shedule: unknown; did you mean 'schedule'?"),
-    ("vm.web01", "zzz = 1", "vm.web01.zzz: unknown; allowed: qmp, priority, exclude_disks"),
+    ("vm.web01", "zzz = 1", "vm.web01.zzz: unknown; allowed: qmp, agent, priority, exclude_disks, extra_files"),
 ]
 
 
@@ -205,13 +205,27 @@ def test_a_problem_says_where_it_is_what_was_given_and_what_is_allowed(
     assert problem.startswith(f"{line_number}: {section}.{key}")
 
 
+def test_a_job_cannot_freeze_vms_without_an_agent(tmp_path: Path) -> None:
+    text = with_line("job.nightly", 'consistency = "freeze"').replace('vms = ["web*"]', 'vms = ["*"]')
+    text = text.replace("[vm.web01]", '[vm.web01]\nagent = "/run/qemu/web01.qga"')
+    (problem,) = problems(tmp_path, text)
+    assert "job.nightly.consistency: 'freeze' needs a guest agent, and there is none of db01" in problem
+    assert "web01" not in problem.partition("none of")[2]
+
+
+def test_a_socket_is_of_one_thing_only(tmp_path: Path) -> None:
+    (problem,) = problems(tmp_path, with_line("vm.db01", 'agent = "/run/qemu/web01.qmp"'))
+    assert (
+        "vm.db01.agent: '/run/qemu/web01.qmp' is the socket of vm.web01.qmp too; allowed: one of its own"
+        in problem
+    )
+
+
 LATER_CASES = [
     ("daemon", 'listen = "127.0.0.1:9321"', "listen: not available yet"),
     ("daemon", 'ledger = "postgresql://db"', "'postgresql://db' is not available yet; allowed: 's"),
     ("storage.local", 'driver = "lvm"', "'lvm' is not available yet; allowed: 'directory'"),
     ("vm.web01", 'libvirt = "qemu:///system"', "libvirt: not available yet; give qmp, a monitor"),
-    ("vm.web01", 'agent = "/run/a"', "agent: not available yet"),
-    ("job.nightly", 'consistency = "freeze"', "'freeze' is not available yet; allowed: 'pause' or"),
     ("job.nightly", 'hook = "/hook"', "hook: not available yet"),
 ]
 

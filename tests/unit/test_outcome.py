@@ -109,6 +109,7 @@ def test_a_snapshot_keeps_how_it_was_made() -> None:
         "job": "nightly",
         "kind": "full",
         "consistency": "pause",
+        "frozen_file_systems": 0,
         "pause_ms": 2.0,
         "vmfleece": __version__,
         "qemu": "10.0.2",
