@@ -1,4 +1,4 @@
-"""Reading content once, hashing it, and having somebody else take it meanwhile, in two threads."""
+"""Reading content once, in order, while somebody takes it in another thread."""
 
 import asyncio
 import hashlib
@@ -18,27 +18,30 @@ Update = Callable[[memoryview], object]
 """Takes content in pieces, in order, each of which is there during the call only. Blocks."""
 
 
-async def file_sha256(path: Path, update: Update | None = None, *, most_bytes: int = sys.maxsize) -> str:
-    """The SHA-256 of a file as it is, or of its beginning, in hex, as sha256sum prints it. Raises OSError."""
-    with await asyncio.to_thread(_Stoppable, path, most_bytes) as file:
-        return await aio.in_thread(lambda source: sha256(source, update), file, end=file.stop)
+async def file(path: Path, update: Update, *, most_bytes: int = sys.maxsize) -> None:
+    """Have `update` take a file, or its beginning. Raises OSError."""
+    with await asyncio.to_thread(_Stoppable, path, most_bytes) as source:
+        await aio.in_thread(lambda source: feed(source, update), source, end=source.stop)
 
 
-def sha256(file: io.FileIO, update: Update | None = None) -> str:
-    """Read a file from where it is, have `update` take all of it, and return its SHA-256 in hex. Blocks."""
+async def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file as it is, in hex, as sha256sum prints it. Raises OSError."""
     digest = hashlib.sha256()
+    await file(path, digest.update)
+    return digest.hexdigest()
+
+
+def feed(source: io.FileIO, update: Update) -> None:
+    """Read a file from where it is, and have `update` take all of it. Blocks."""
     taking: Future[object] | None = None
     with ThreadPoolExecutor(1) as beside:
         for buffer in itertools.cycle([memoryview(bytearray(READ_BYTES)) for _ in range(2)]):
-            piece = buffer[: file.readinto(buffer)]
+            piece = buffer[: source.readinto(buffer)]
             if taking is not None:
                 taking.result()
             if not piece:
-                return digest.hexdigest()
-            if update is not None:
-                taking = beside.submit(update, piece)
-            digest.update(piece)
-    raise AssertionError("a cycle has no end")
+                return
+            taking = beside.submit(update, piece)
 
 
 class _Stoppable(io.FileIO):

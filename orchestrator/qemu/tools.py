@@ -6,6 +6,7 @@ Errors are ToolError; cancellation ends the tool.
 
 import asyncio
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -75,22 +76,25 @@ async def virtual_size(path: Path, image_format: str) -> int:
 
 async def sha256(path: Path, image_format: str) -> str:
     """The SHA-256 of an image's whole content, in hex."""
-    return await read_back(path, image_format)
+    digest = hashlib.sha256()
+    await read_back(path, image_format, digest.update)
+    return digest.hexdigest()
 
 
 async def read_back(
-    path: Path, image_format: str, update: reading.Update | None = None, *, size_bytes: int = sys.maxsize
-) -> str:
-    """Have `update` take an image's content, of a raw one its first `size_bytes`; return its SHA-256 in hex."""
+    path: Path, image_format: str, update: reading.Update, *, size_bytes: int = sys.maxsize
+) -> None:
+    """Have `update` take an image's content, of a raw one its first `size_bytes`."""
     if image_format != "raw":
-        return await _read_served(path, image_format, update)
+        await _read_served(path, image_format, update)
+        return
     try:
-        return await reading.file_sha256(path, update, most_bytes=size_bytes)
+        await reading.file(path, update, most_bytes=size_bytes)
     except OSError as error:
         raise ToolError(f"cannot read back {path}: {error.strerror}", hint=_MAY_READ) from error
 
 
-async def _read_served(path: Path, image_format: str, update: reading.Update | None) -> str:
+async def _read_served(path: Path, image_format: str, update: reading.Update) -> None:
     """Have nbdcopy start qemu-nbd on a private socket, read through it and write the content to a pipe."""
     server = ["qemu-nbd", "--read-only", f"--format={image_format}", str(path)]
     read_end, write_end = os.pipe()
@@ -113,15 +117,12 @@ async def _read_served(path: Path, image_format: str, update: reading.Update | N
     finally:
         os.close(write_end)
     try:
-        digest = await aio.in_thread(
-            lambda pipe: _hash_pipe(pipe, update), read_end, end=lambda: _kill_group(process.pid)
-        )
+        await aio.in_thread(lambda pipe: _feed(pipe, update), read_end, end=lambda: _kill_group(process.pid))
     finally:
         _, stderr = await aio.finish(process.communicate())
     if process.returncode != 0:
         said = stderr.decode(errors="replace").strip()
         raise ToolError(f"cannot read back {path}: {said}", hint=_MAY_READ)
-    return digest
 
 
 def write_back(paths: Iterable[str]) -> None:
@@ -138,9 +139,9 @@ def write_back(paths: Iterable[str]) -> None:
                 os.close(descriptor)
 
 
-def _hash_pipe(descriptor: int, update: reading.Update | None) -> str:
+def _feed(descriptor: int, update: reading.Update) -> None:
     with io.FileIO(descriptor) as pipe:
-        return reading.sha256(pipe, update)
+        reading.feed(pipe, update)
 
 
 def _kill_group(leader: int) -> None:

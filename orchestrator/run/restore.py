@@ -34,12 +34,12 @@ NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """A disk that was given back and is right. `sha256` is of its content, whatever the snapshot builds on."""
+    """A disk that was given back and is right. `sha256` is of all its content, if the target knows that."""
 
     disk: str
     path: Path
     size_bytes: int
-    sha256: str
+    sha256: str | None
 
 
 async def restore(
@@ -64,7 +64,7 @@ async def restore(
             await _check_fits(wanted.size_bytes, to)
         content = await target.extract(snapshot, disk, to=written, image_format=image_format)
         most_bytes = wanted.size_bytes if device else sys.maxsize
-        digest, _ = await aio.all_or_first_error(
+        await aio.all_or_first_error(
             (
                 tools.read_back(written, image_format, content.update, size_bytes=most_bytes),
                 _make_durable(written, to),
@@ -86,7 +86,7 @@ async def restore(
                 written.unlink()
         raise
     log.info("restore.finished", snapshot=snapshot.id, disk=disk, to=str(to), size_bytes=wanted.size_bytes)
-    return Restored(disk, to, wanted.size_bytes, str(digest))
+    return Restored(disk, to, wanted.size_bytes, content.sha256)
 
 
 def _check_destination(to: Path, *, overwrite: bool) -> bool:

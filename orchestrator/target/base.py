@@ -128,7 +128,12 @@ class ParentUnusable(TargetError):
 
 
 class Content(abc.ABC):
-    """What a disk must hold. Feed it with what the disk holds, from its beginning to its end, then ask."""
+    """What a disk must hold. Feed it with what the disk holds, from its beginning to its end, then ask.
+
+    `sha256` is that of it all, in hex; None where only those of its parts are known, and compared.
+    """
+
+    sha256: str | None
 
     @abc.abstractmethod
     def update(self, data: bytes | memoryview) -> None:

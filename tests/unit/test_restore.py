@@ -271,9 +271,9 @@ async def test_a_file_that_appears_meanwhile_is_left_alone(
 ) -> None:
     real = tools.read_back
 
-    async def hashed(*arguments: Any, **more: Any) -> str:
+    async def hashed(*arguments: Any, **more: Any) -> None:
         (out / "vda.raw").write_text("precious")
-        return await real(*arguments, **more)
+        await real(*arguments, **more)
 
     monkeypatch.setattr(tools, "read_back", hashed)
     with pytest.raises(TargetError, match="File exists") as refused:

@@ -160,16 +160,17 @@ async def test_reading_back_feeds_all_in_order(tmp_path: Path, size: int, image_
         path = tmp_path / "a.qcow2"
         await tools.convert(tmp_path / "a.raw", "raw", path, "qcow2", into_existing=False)
     fed = Fed()
-    assert await tools.read_back(path, image_format, fed.update) == hashlib.sha256(content).hexdigest()
+    await tools.read_back(path, image_format, fed.update)
     assert fed.content == content
+    assert await tools.sha256(path, image_format) == hashlib.sha256(content).hexdigest()
 
 
 async def test_only_the_beginning_is_read_back(tmp_path: Path) -> None:
     path = image(tmp_path / "a.raw", os.urandom(3 * MIB))
     for size in (0, 1, MIB, 2 * MIB + 7, 3 * MIB, 4 * MIB):
         fed, wanted = Fed(), path.read_bytes()[:size]
-        digest = await tools.read_back(path, "raw", fed.update, size_bytes=size)
-        assert (fed.content, digest) == (wanted, hashlib.sha256(wanted).hexdigest())
+        await tools.read_back(path, "raw", fed.update, size_bytes=size)
+        assert fed.content == wanted
 
 
 async def test_cancelled_reading_back_ends_soon(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class HashedContent(Content):
     """What a disk must hold, by the SHA-256 of it all, in hex."""
 
     def __init__(self, sha256: str) -> None:
-        self._sha256 = sha256
+        self.sha256 = sha256
         self._digest = hashlib.sha256()
 
     def update(self, data: bytes | memoryview) -> None:
@@ -48,7 +48,7 @@ class HashedContent(Content):
 
     def problem(self) -> str:
         digest = self._digest.hexdigest()
-        return "" if digest == self._sha256 else f"SHA-256 {digest} instead of {self._sha256}"
+        return "" if digest == self.sha256 else f"SHA-256 {digest} instead of {self.sha256}"
 
 
 class Held:

@@ -10,7 +10,9 @@ import hashlib
 import logging
 import random
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import structlog
@@ -33,6 +35,7 @@ from orchestrator.units import MIB
 log = structlog.get_logger(__name__)
 
 SOCKET = "nbd.sock"
+HASHING_THREADS = 2
 MOST_PROBLEMS = 100
 """Of a verification are told one by one."""
 _HOLE = Allocation.HOLE | Allocation.ZERO
@@ -80,45 +83,54 @@ class DiskExport(Export):
 
 
 class ChunkedContent(Content):
-    """What a disk must hold, by the hashes of its chunks."""
+    """What a disk must hold, by the hashes of its chunks, which threads compute side by side."""
+
+    sha256 = None
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._number = 0
-        self._digest = hashlib.sha256()
-        self._wrong: list[int] = []
+        self._chunk = bytearray()
         self._fed_bytes = 0
+        self._hashed: list[bytes] = []
+        self._hashing: deque[Future[bytes]] = deque()
+        self._threads = ThreadPoolExecutor(HASHING_THREADS)
 
     def update(self, data: bytes | memoryview) -> None:
-        for piece in self._pieces(memoryview(data)):
-            self._digest.update(piece)
-
-    def _pieces(self, data: memoryview) -> Iterator[memoryview]:
-        """What of the data belongs to each chunk; chunks that end are compared."""
-        layout = self._layout
-        while data:
-            if self._number == len(layout.chunks):
-                self._fed_bytes += len(data)
+        starts, view = self._layout.starts, memoryview(data)
+        while view:
+            number = len(self._hashed) + len(self._hashing)
+            if number + 1 == len(starts):
+                self._fed_bytes += len(view)
                 return
-            piece = data[: layout.starts[self._number + 1] - self._fed_bytes]
-            yield piece
-            data = data[len(piece) :]
+            piece = view[: starts[number + 1] - self._fed_bytes]
+            self._chunk += piece
             self._fed_bytes += len(piece)
-            if self._fed_bytes == layout.starts[self._number + 1]:
-                if self._digest.digest() != layout.chunks[self._number]:
-                    self._wrong.append(self._number)
-                self._number += 1
-                self._digest = hashlib.sha256()
+            view = view[len(piece) :]
+            if self._fed_bytes == starts[number + 1]:
+                self._hashing.append(self._threads.submit(_sha256, self._chunk))
+                self._chunk = bytearray()
+                self._wait(at_most=HASHING_THREADS)
+
+    def _wait(self, *, at_most: int) -> None:
+        while len(self._hashing) > at_most:
+            self._hashed.append(self._hashing.popleft().result())
 
     def problem(self) -> str:
+        self._wait(at_most=0)
+        self._threads.shutdown()
         layout = self._layout
-        if self._wrong:
-            first = self._wrong[0]
-            where = f"the first one is from {layout.starts[first]} to {layout.starts[first + 1]}"
-            return f"{len(self._wrong)} of {len(layout.chunks)} chunks are not what they must be; {where}"
+        pairs = enumerate(zip(self._hashed, layout.chunks, strict=False))
+        wrong = [number for number, (found, wanted) in pairs if found != wanted]
+        if wrong:
+            where = f"the first one is from {layout.starts[wrong[0]]} to {layout.starts[wrong[0] + 1]}"
+            return f"{len(wrong)} of {len(layout.chunks)} chunks are not what they must be; {where}"
         if self._fed_bytes != layout.size_bytes:
             return f"it has {self._fed_bytes} bytes instead of {layout.size_bytes}"
         return ""
+
+
+def _sha256(chunk: bytearray) -> bytes:
+    return hashlib.sha256(chunk).digest()
 
 
 async def extract(
