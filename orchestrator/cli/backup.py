@@ -9,8 +9,8 @@ from rich.table import Table
 
 from orchestrator import aio, schedule
 from orchestrator.cli import render
+from orchestrator.cli.choose import checked_target
 from orchestrator.cli.progress import Display, result_lines
-from orchestrator.cli.snapshot import checked_target
 from orchestrator.config import Config, parse_fleecing
 from orchestrator.config.select import matching
 from orchestrator.errors import (

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from orchestrator.cli import render
-from orchestrator.cli.snapshot import checked_targets, the_snapshot
+from orchestrator.cli.choose import checked_targets, the_snapshot
 from orchestrator.config import Config
 from orchestrator.errors import EXIT_OK
 

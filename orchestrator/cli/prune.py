@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from orchestrator.cli import render
-from orchestrator.cli.snapshot import checked_target
+from orchestrator.cli.choose import checked_target
 from orchestrator.cli.target import restic_lines
 from orchestrator.config import Config, TargetDriver
 from orchestrator.errors import EXIT_FAILED, EXIT_OK, ConfigError, StateError, VmfleeceError

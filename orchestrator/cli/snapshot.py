@@ -2,32 +2,32 @@
 
 import argparse
 import asyncio
-from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
 from rich.table import Table
 
-from orchestrator.cli import render
+from orchestrator.cli import choose, render
 from orchestrator.config import Config
-from orchestrator.errors import EXIT_FAILED, EXIT_OK, EXIT_SOME_FAILED, ConfigError, TargetError
+from orchestrator.errors import EXIT_FAILED, EXIT_OK, EXIT_SOME_FAILED, TargetError
 from orchestrator.run.prune import remove
 from orchestrator.run.restore import restore as restore_disk
-from orchestrator.service import engine
-from orchestrator.target.base import Snapshot, Target, find
+from orchestrator.run.restore import restore_extra_files
+from orchestrator.target.base import Snapshot
 from orchestrator.units import format_size
 
 
 async def list_snapshots(config: Config, arguments: argparse.Namespace) -> int:
     """What is on the targets, by VM and oldest first."""
-    found = await list_all(checked_targets(config, arguments.target), arguments.vm)
+    listed = await choose.list_all(choose.checked_targets(config, arguments.target), arguments.vm)
+    code = EXIT_OK if listed.complete else EXIT_SOME_FAILED
     if arguments.json:
-        render.print_json({"snapshots": [_document(snapshot) for snapshot in found]})
-        return EXIT_OK
+        render.print_json({"snapshots": [_document(snapshot) for snapshot in listed.snapshots]})
+        return code
     columns = ("SNAPSHOT", "TAKEN", "KIND", "BASED ON", "PROTECTED", "DISKS", "SIZE", "STORED", "TARGET")
     table = Table(*columns, box=None, pad_edge=False)
-    for snapshot in found:
+    for snapshot in listed.snapshots:
         table.add_row(
             snapshot.id,
             _local(snapshot.created),
@@ -40,12 +40,12 @@ async def list_snapshots(config: Config, arguments: argparse.Namespace) -> int:
             snapshot.target,
         )
     render.print_table(table)
-    return EXIT_OK
+    return code
 
 
 async def show(config: Config, arguments: argparse.Namespace) -> int:
     """One snapshot."""
-    snapshot = await the_snapshot(checked_targets(config, arguments.target), arguments.snapshot)
+    snapshot = await choose.the_snapshot(choose.checked_targets(config, arguments.target), arguments.snapshot)
     if arguments.json:
         render.print_json(_document(snapshot))
         return EXIT_OK
@@ -68,8 +68,8 @@ async def show(config: Config, arguments: argparse.Namespace) -> int:
 
 async def protect(config: Config, arguments: argparse.Namespace) -> int:
     """Keep a snapshot whatever retention says, or stop doing so."""
-    targets = checked_targets(config, arguments.target)
-    snapshot = _the_one(await list_all(targets, None), arguments.snapshot)
+    targets = choose.checked_targets(config, arguments.target)
+    snapshot = choose.the_one((await choose.list_all(targets)).snapshots, arguments.snapshot)
     snapshot = await targets[snapshot.target].protect(snapshot, protected=not arguments.off)
     if arguments.json:
         render.print_json(_document(snapshot))
@@ -80,9 +80,9 @@ async def protect(config: Config, arguments: argparse.Namespace) -> int:
 
 async def forget(config: Config, arguments: argparse.Namespace) -> int:
     """Remove the snapshots that are named, each by itself; all names are checked before the first is removed."""
-    targets = checked_targets(config, arguments.target)
-    found = await list_all(targets, None)
-    wanted = {snapshot.id: snapshot for snapshot in (_the_one(found, name) for name in arguments.snapshots)}
+    targets = choose.checked_targets(config, arguments.target)
+    found = (await choose.list_all(targets)).snapshots
+    wanted = {snapshot.id: snapshot for snapshot in (choose.the_one(found, name) for name in arguments.snapshots)}
     rows: list[dict[str, Any]] = []
     # What is based on others goes before them.
     for snapshot in sorted(wanted.values(), key=lambda one: one.created, reverse=True):
@@ -106,8 +106,8 @@ async def forget(config: Config, arguments: argparse.Namespace) -> int:
 
 async def restore(config: Config, arguments: argparse.Namespace) -> int:
     """Give one disk back, or all of them into a folder."""
-    targets = checked_targets(config, arguments.target)
-    snapshot = await the_snapshot(targets, arguments.snapshot)
+    targets = choose.checked_targets(config, arguments.target)
+    snapshot = await choose.the_snapshot(targets, arguments.snapshot)
     to = arguments.to
     if arguments.all:
         if not await asyncio.to_thread(to.is_dir):
@@ -130,62 +130,20 @@ async def restore(config: Config, arguments: argparse.Namespace) -> int:
             render.print_line(
                 f"{one.path}: {one.disk} of {snapshot.id}, {format_size(one.size_bytes)}, SHA-256 checked"
             )
+    files = await restore_extra_files(targets[snapshot.target], snapshot, to=to) if arguments.all else []
     if arguments.json:
         document = [asdict(one) | {"path": str(one.path)} for one in restored]
-        render.print_json({"snapshot": snapshot.id, "restored": document})
+        extra = [{"file": file.path, "path": str(path)} for file, path in files]
+        render.print_json({"snapshot": snapshot.id, "restored": document, "extra_files": extra})
+    else:
+        for file, path in files:
+            render.print_line(f"{path}: {file.path} of {snapshot.id}")
     return EXIT_OK
 
 
 def _file_name(disk: str, image_format: str) -> str:
     """What a disk that may be called by a path is called in one folder."""
     return f"{disk.strip('/').replace('/', '_')}.{image_format}"
-
-
-def checked_targets(config: Config, name: str | None) -> dict[str, Target]:
-    """All targets by name, or only the one that is named. Raises ConfigError as `checked_target`."""
-    targets = engine.targets(config)
-    if name is None:
-        return targets
-    return {name: targets[checked_target(config, name)]}
-
-
-def checked_target(config: Config, name: str) -> str:
-    """The name, if there is such a target. Raises ConfigError that names those there are."""
-    if name not in config.target:
-        raise ConfigError(
-            f"no target {name!r} in {config.path}", hint=f"there are: {', '.join(config.target) or 'none'}"
-        )
-    return name
-
-
-def _the_one(snapshots: Iterable[Snapshot], wanted: str) -> Snapshot:
-    """As `find`, for what is going to be changed: it must be on one target only."""
-    known = list(snapshots)
-    snapshot = find(known, wanted)
-    targets = [one.target for one in known if one.id == snapshot.id]
-    if len(targets) > 1:
-        raise ConfigError(
-            f"snapshot {snapshot.id} is on several targets", hint=f"give --target: {', '.join(targets)}"
-        )
-    return snapshot
-
-
-async def the_snapshot(targets: dict[str, Target], wanted: str) -> Snapshot:
-    """As `find`, for reading only: also one that is not listed, if a target knows it by that name."""
-    try:
-        return find(await list_all(targets, None), wanted)
-    except TargetError as error:
-        if error.code != "no-snapshot":
-            raise
-        for target in targets.values():
-            if (snapshot := await target.look_up(wanted)) is not None:
-                return snapshot
-        raise
-
-
-async def list_all(targets: dict[str, Target], vm: str | None) -> list[Snapshot]:
-    """All snapshots on some targets, or those of one VM."""
-    return [snapshot for target in targets.values() for snapshot in await target.snapshots(vm)]
 
 
 def _document(snapshot: Snapshot) -> dict[str, Any]:

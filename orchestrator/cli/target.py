@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from orchestrator.cli import render
-from orchestrator.cli.snapshot import checked_target
+from orchestrator.cli.choose import checked_target
 from orchestrator.config import Config, TargetDriver, TargetSettings
 from orchestrator.errors import EXIT_FAILED, EXIT_OK, EXIT_SOME_FAILED, TargetError
 from orchestrator.service import engine

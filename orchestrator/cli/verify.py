@@ -5,8 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from orchestrator.cli import render
-from orchestrator.cli.snapshot import checked_targets, list_all, the_snapshot
+from orchestrator.cli import choose, render
 from orchestrator.config import Config
 from orchestrator.errors import EXIT_FAILED, EXIT_OK, EXIT_SOME_FAILED, VmfleeceError
 from orchestrator.target.base import Snapshot, Target
@@ -15,10 +14,11 @@ from orchestrator.units import format_size
 
 async def verify(config: Config, arguments: argparse.Namespace) -> int:
     """Check the snapshots that are named, or all, each whatever is wrong with the others."""
-    targets = checked_targets(config, arguments.target)
-    snapshots = [await the_snapshot(targets, name) for name in arguments.snapshots]
+    targets = choose.checked_targets(config, arguments.target)
+    snapshots, complete = [await choose.the_snapshot(targets, name) for name in arguments.snapshots], True
     if not snapshots:
-        snapshots = await list_all(targets, arguments.vm)
+        listed = await choose.list_all(targets, arguments.vm)
+        snapshots, complete = listed.snapshots, listed.complete
     rows = []
     for snapshot in snapshots:
         rows.append(await _row(targets[snapshot.target], snapshot, arguments.sample))
@@ -30,7 +30,7 @@ async def verify(config: Config, arguments: argparse.Namespace) -> int:
         _print(rows)
     failed = sum(bool(row["problems"] or row["error"]) for row in rows)
     if not failed:
-        return EXIT_OK
+        return EXIT_OK if complete else EXIT_SOME_FAILED
     return EXIT_FAILED if failed == len(rows) else EXIT_SOME_FAILED
 
 

@@ -14,6 +14,7 @@ import errno
 import os
 import secrets
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from orchestrator.errors import TargetError
 from orchestrator.qemu import tools
 from orchestrator.target import durable
 from orchestrator.target.base import Snapshot, Target
+from orchestrator.target.extra_files import ExtraFile
 
 log = structlog.get_logger(__name__)
 
@@ -89,6 +91,30 @@ async def restore(
     return Restored(disk, to, wanted.size_bytes, content.sha256)
 
 
+async def restore_extra_files(target: Target, snapshot: Snapshot, *, to: Path) -> list[tuple[ExtraFile, Path]]:
+    """Write the files that were kept beside the disks into the folder `to`, by their names; none is overwritten.
+
+    Raises TargetError, after which some may be there.
+    """
+    files = await target.extra_files(snapshot)
+    names = Counter(Path(file.path).name for file in files)
+    restored: list[tuple[ExtraFile, Path]] = []
+    for file in files:
+        name = Path(file.path).name
+        path = to / (name if names[name] == 1 else file.path.strip("/").replace("/", "_"))
+        with _explained(path):
+            await asyncio.to_thread(_write_new, path, file)
+        restored.append((file, path))
+    return restored
+
+
+def _write_new(path: Path, file: ExtraFile) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, file.mode), "wb") as out:
+        out.write(file.content)
+        out.flush()
+        os.fsync(out.fileno())
+
+
 def _check_destination(to: Path, *, overwrite: bool) -> bool:
     """Whether the destination is a block device. Raises TargetError if something would be lost."""
     if not to.parent.is_dir():
@@ -133,7 +159,7 @@ def _explained(to: Path) -> Iterator[None]:
     except OSError as error:
         raise TargetError(
             f"cannot restore to {to}: {error.strerror}",
-            hint="the disk could be read; give another path",
+            hint="it could be read; give another path",
             code="restore-path",
         ) from error
 

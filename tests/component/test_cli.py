@@ -185,7 +185,7 @@ def test_every_problem_is_listed_whatever_was_asked(run: Run, config: Path, argu
         f"4 problems in {config}",
         f"{config}:7: storage.local.quota: 1.0 MiB is too small",
         f"{config}:17: vm.db01.qmp: ",
-        "is the socket of vm.web01 too",
+        "is the socket of vm.web01.qmp too",
         f"{config}:22: job.nightly.target: there is no target 'mian'",
         f"{config}:23: job.nightly.schedule: '25:00' is no calendar expression",
     )

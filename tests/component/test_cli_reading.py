@@ -171,3 +171,24 @@ def test_a_disk_is_restored(config: Path, tmp_path: Path, points: list[tuple[Sna
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "vda.raw").read_bytes() == points[-1][1]
     assert "SHA-256 checked" in done.stdout
+
+
+def test_a_target_that_cannot_be_listed_hides_no_other(
+    config: Path, tmp_path: Path, points: list[tuple[Snapshot, bytes]]
+) -> None:
+    gone = f'\n[target.gone]\ndriver = "restic"\npath = "{tmp_path}/gone"\npassword_file = "{tmp_path}/password"\n'
+    config.write_text(config.read_text() + gone)
+    (tmp_path / "password").touch(mode=0o600)
+    (tmp_path / "password").write_text("secret")
+    full, content = points[0]
+    done = run(config, "snapshot", "list", "--json")
+    assert done.returncode == 3
+    assert full.id in [one["id"] for one in json.loads(done.stdout)["snapshots"]]
+    assert f"there is no repository at {tmp_path}/gone" in done.stderr
+    assert run(config, "verify", "--vm", "web01").returncode == 3
+    done = run(config, "restore", full.id, "--disk", "vda", "--to", tmp_path / "vda.raw")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "vda.raw").read_bytes() == content
+    done = run(config, "snapshot", "list", "--target", "gone")
+    assert done.returncode == 10
+    assert done.stderr.splitlines()[0] == f"vmfleece: there is no repository at {tmp_path}/gone"

@@ -17,8 +17,9 @@ import pytest
 from orchestrator.errors import TargetError, ToolError
 from orchestrator.model import Compression
 from orchestrator.qemu import tools
-from orchestrator.run.restore import restore
+from orchestrator.run.restore import restore, restore_extra_files
 from orchestrator.target.base import Snapshot
+from orchestrator.target.extra_files import ExtraFile
 from orchestrator.target.images import qcow2
 from orchestrator.target.images.target import ImagesTarget
 from tests.unit.test_target import CLUSTER, MIB, changed_chain, content, disk, filled
@@ -403,3 +404,37 @@ async def test_wrong_content_on_a_block_device_is_said(
         await restore(target, snapshot, "vda", to=device, image_format="raw", overwrite=True)
     assert wrong.value.code == "content-wrong"
     assert await asyncio.to_thread(device.is_block_device)
+
+
+# --- files beside the disks ---
+
+
+async def test_extra_files_come_back_under_their_names(target: ImagesTarget, out: Path) -> None:
+    files = [
+        ExtraFile("/a/OVMF_VARS.fd", 0o640, b"a's"),
+        ExtraFile("/b/OVMF_VARS.fd", 0o600, b"b's"),
+        ExtraFile("/b/tpm.bin", 0o600, b"tpm"),
+    ]
+    draft = await target.begin("web01", datetime.now(UTC))
+    snapshot = await draft.commit({"kind": "full"}, files)
+    restored = await restore_extra_files(target, snapshot, to=out)
+    assert [(file, path.name) for file, path in restored] == list(
+        zip(files, ["a_OVMF_VARS.fd", "b_OVMF_VARS.fd", "tpm.bin"], strict=True)
+    )
+    for file, path in restored:
+        assert path.read_bytes() == file.content
+        assert path.stat().st_mode & 0o777 == file.mode
+    with pytest.raises(TargetError, match="File exists"):
+        await restore_extra_files(target, snapshot, to=out)
+    assert (out / "tpm.bin").read_bytes() == b"tpm"
+
+
+async def test_damaged_extra_files_are_not_given_back(target: ImagesTarget, out: Path) -> None:
+    draft = await target.begin("web01", datetime.now(UTC))
+    snapshot = await draft.commit({"kind": "full"}, [ExtraFile("/a", 0o600, b"content")])
+    path = target.path / snapshot.id / "extra_files.json"
+    path.write_text(path.read_text().replace('"content": "', '"content": "AAAA'))
+    with pytest.raises(TargetError, match="damaged") as damaged:
+        await restore_extra_files(target, snapshot, to=out)
+    assert damaged.value.code == "content-wrong"
+    assert names(out) == []
