@@ -6,8 +6,8 @@ packages' files that are used) and `initramfs-…` (those plus init.sh and the c
 so that a change of the writer downloads nothing. Concurrent builders are safe: each builds in a
 folder of its own and renames it; who comes second throws his away.
 
-To give the guest more programs (an agent, mkfs), add their package to PACKAGES and their files to
-`_initramfs`.
+There are two initramfs: the small one, and `agent-…`, more than twice as large, which has Debian's
+qemu-guest-agent with its libraries and the compiled files.c besides.
 """
 
 import contextlib
@@ -26,7 +26,16 @@ HERE = Path(__file__).resolve().parent
 CACHE = HERE.parent.parent / ".cache" / "guest"
 
 META_PACKAGE = "linux-image-cloud-amd64"
-PACKAGES = ("busybox-static",)
+PACKAGES = (
+    "busybox-static",
+    "qemu-guest-agent",
+    "libc6",
+    "libglib2.0-0",
+    "libnuma1",
+    "libpcre2-8-0",
+    "libudev1",
+    "liburing2",
+)
 # In loading order. ext4 and nvme are built into this kernel; AHCI and USB are absent from it.
 MODULES = (
     "virtio_ring",
@@ -41,7 +50,21 @@ MODULES = (
     "sd_mod",
     "libata",
     "ata_piix",
+    "virtio_console",
 )
+AGENT = "qemu-ga"
+LOADER = "ld-linux-x86-64.so.2"
+LIBRARIES = (
+    "libc.so.6",
+    "libglib-2.0.so.0",
+    "libgmodule-2.0.so.0",
+    "libm.so.6",
+    "libnuma.so.1",
+    "libpcre2-8.so.0",
+    "libudev.so.1",
+    "liburing.so.2",
+)
+COMPILER_FLAGS = ("-static", "-O2", "-Wall", "-Wextra", "-Werror", "-s", "-pthread")
 
 
 class BuildError(Exception):
@@ -56,16 +79,16 @@ class GuestFiles:
     initramfs: Path
 
 
-def ensure() -> GuestFiles:
+def ensure(*, agent: bool = False) -> GuestFiles:
     """Return kernel and initramfs, building what the cache lacks (10 s the first time).
 
     Raises BuildError when a package or the compiler cannot be had.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
-    linux = _cached("linux", _hash(META_PACKAGE, *PACKAGES, *MODULES), _fetch_linux)
-    sources = [(HERE / name).read_text() for name in ("init.sh", "writer.c", "build.py")]
-    key = _hash(linux.name, *sources)
-    ready = _cached("initramfs", key, lambda into: _initramfs(linux, into))
+    linux = _cached("linux", _hash(META_PACKAGE, *PACKAGES, *MODULES, AGENT, LOADER, *LIBRARIES), _fetch_linux)
+    sources = [(HERE / name).read_text() for name in ("init.sh", "writer.c", "files.c", "build.py")]
+    name = "agent" if agent else "initramfs"
+    ready = _cached(name, _hash(linux.name, *sources), lambda into: _initramfs(linux, into, agent=agent))
     return GuestFiles(kernel=linux / "vmlinuz", initramfs=ready / "initramfs.gz")
 
 
@@ -123,7 +146,10 @@ def _fetch_linux(into: Path) -> None:
         for package in packages.glob("*.deb"):
             _run("dpkg", "-x", str(package), str(root))
         shutil.copy(next(root.glob("boot/vmlinuz-*")), into / "vmlinuz")
-        shutil.copy(root / "bin" / "busybox", into / "busybox")
+        shutil.copy(root / "bin" / "busybox", into)
+        shutil.copy(root / "usr" / "sbin" / AGENT, into)
+        for library in (LOADER, *LIBRARIES):
+            shutil.copy(next(root.rglob(f"x86_64-linux-gnu/{library}")), into)
         tree = next(root.glob("lib/modules/*"))
         for module in MODULES:
             found = next(tree.rglob(f"{module}.ko"), None)
@@ -132,18 +158,22 @@ def _fetch_linux(into: Path) -> None:
             shutil.copy(found, into / found.name)
 
 
-def _initramfs(linux: Path, into: Path) -> None:
+def _initramfs(linux: Path, into: Path, *, agent: bool) -> None:
     root = into / "root"
-    for folder in ("bin", "modules", "proc", "sys", "dev", "run"):
+    for folder in ("bin", "modules", "proc", "sys", "dev", "run", "mnt", "lib", "lib64"):
         (root / folder).mkdir(parents=True)
     shutil.copy(HERE / "init.sh", root / "init")
     shutil.copy(linux / "busybox", root / "bin" / "busybox")
     for module in MODULES:
         shutil.copy(linux / f"{module}.ko", root / "modules")
     (root / "modules" / "order").write_text("".join(f"{module}\n" for module in MODULES))
-    source, program = HERE / "writer.c", root / "bin" / "writer"
-    flags = ("-static", "-O2", "-Wall", "-Wextra", "-Werror", "-s", "-pthread")
-    _run("gcc", *flags, "-o", str(program), str(source))
+    for program in ("writer", "files") if agent else ("writer",):
+        _run("gcc", *COMPILER_FLAGS, "-o", str(root / "bin" / program), str(HERE / f"{program}.c"))
+    if agent:
+        shutil.copy(linux / AGENT, root / "bin")
+        shutil.copy(linux / LOADER, root / "lib64")
+        for library in LIBRARIES:
+            shutil.copy(linux / library, root / "lib")
     for executable in (root / "init", root / "bin" / "busybox"):
         executable.chmod(0o755)
     names = "\n".join(str(path.relative_to(root)) for path in sorted(root.rglob("*")))

@@ -36,6 +36,16 @@ def monitor_arguments(name: str, socket: Path) -> list[str]:
     return ["-chardev", server, "-mon", f"chardev=qmp-{name},mode=control"]
 
 
+def agent_arguments(agent: Path, shell: Path) -> list[str]:
+    """Return the arguments for the guest agent's port, and for the serial line that a shell reads."""
+    return [
+        *("-device", "virtio-serial-pci,id=vser0"),
+        *("-chardev", f"socket,id=qga0,path={agent},server=on,wait=off"),
+        *("-device", "virtserialport,bus=vser0.0,chardev=qga0,name=org.qemu.guest_agent.0"),
+        *("-serial", f"unix:{shell},server=on,wait=off"),
+    ]
+
+
 def machine_type(disks: Sequence[DiskSpec]) -> str:
     """Return q35, or pc where the guest must see IDE disks: its kernel has no AHCI driver."""
     return "pc" if any(disk.bus == "ide" for disk in disks) else "q35"

@@ -1,7 +1,9 @@
 #!/bin/busybox sh
 # The guest's PID 1. The kernel hands unknown NAME=value arguments on as environment, so that is
-# how a test configures its guest: workload=sequence|random|idle, disks=ID,ID,... (the disks to be
-# written, in writing order, by the serial number that QEMU gave them), and what writer.c reads.
+# how a test configures its guest: workload=sequence|random|files|idle, disks=ID,ID,... (the disks to be
+# written, in writing order, by the serial number that QEMU gave them), and what writer.c or files.c reads.
+# For `files` each disk is mounted at /mnt/ID. Where there is an agent, it is started, and commands are taken
+# from the second serial line.
 # Lines for the test bed start with "VMF "; the kernel is kept quiet so that they stay whole.
 PATH=/bin
 export PATH
@@ -50,15 +52,50 @@ find_disk() {
     fail "no-disk-$1"
 }
 
+start_agent() {
+    # No udev here, so no port has a name in /dev.
+    port=$(grep -l '^org.qemu.guest_agent.0$' /sys/class/virtio-ports/*/name)
+    port=${port%/name}
+    # It is busy until one that was killed is gone.
+    while pidof qemu-ga >/dev/null; do
+        usleep 10000
+    done
+    qemu-ga -d -m virtio-serial -p "/dev/${port##*/}" -t /run -f /run/qga.pid -l /run/qga.log
+}
+
+# Does what each line says, and tells how that ended.
+obey() {
+    number=0
+    while read -r line; do
+        eval "$line" </dev/null
+        code=$?
+        number=$((number + 1))
+        echo "VMF done command=$number code=$code"
+    done
+}
+
 devices=""
+folders=""
 for id in $(echo "${disks:-}" | tr ',' ' '); do
     find_disk "$id"
     devices="$devices $device"
+    if [ "${workload:-idle}" = files ]; then
+        mkdir "/mnt/$id"
+        mount -t ext4 "$device" "/mnt/$id" || fail "mount-$id"
+        folders="$folders /mnt/$id"
+    fi
 done
+if [ -e /bin/qemu-ga ]; then
+    start_agent || fail "agent-$?"
+    obey </dev/ttyS1 &
+fi
 echo "VMF boot workload=${workload:-idle} disks=${disks:-} devices=$(echo $devices | tr ' ' ,)"
 
 if [ "${workload:-idle}" = idle ]; then
     echo "VMF ready"
+elif [ "$workload" = files ]; then
+    files $folders
+    fail "files-ended-$?"
 else
     writer "$workload" $devices
     fail "writer-ended-$?"

@@ -54,11 +54,13 @@ class DiskSpec:
 class Workload:
     """What the guest writes. Sizes in bytes, rate in writes a second over all disks; 0 = no limit.
 
+    files: synced files on ext4, with which each disk that has no image yet is formatted; needs raw disks and
+    GuestVm's `agent`. The rate is files a second on each disk.
     disks: ids in writing order; none: all writable ones in the VM's order.
     block_bytes, skew and sweep concern `random` only; skew: so many percent of the writes go to the last fifth.
     """
 
-    kind: Literal["sequence", "random", "idle"] = "sequence"
+    kind: Literal["sequence", "random", "files", "idle"] = "sequence"
     disks: tuple[str, ...] = ()
     rate: int = 0
     block_bytes: int = 64 * 1024

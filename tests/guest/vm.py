@@ -5,6 +5,9 @@ looks and acts through the other one. Whatever fails here raises `GuestFailureEr
 AssertionError) with the ends of the guest's console and of QEMU's stderr, and no wait is endless.
 QEMU dies with the process that started it.
 
+With `agent` the guest is a larger one: it has Debian's qemu-guest-agent, which listens at `agent_socket`, and a
+shell that the test bed speaks to (agent.py).
+
 QEMU is always started paused, for two reasons: the latency histograms can be set up without a race
 against a disk in an iothread, and the devices are noted before anybody changes them.
 """
@@ -18,8 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
-from tests.guest import build, console, images
+from tests.guest import build, console, ext4, images
 from tests.guest.command import (
+    agent_arguments,
     boot_arguments,
     disk_arguments,
     machine_type,
@@ -52,6 +56,7 @@ class GuestVm:
         *,
         qemu: str | Sequence[str] = "qemu-system-x86_64",
         qemu_img: str = "qemu-img",
+        agent: bool = False,
         cdrom: bool = False,
         initially_paused: bool = False,
         extra_args: Sequence[str] = (),
@@ -65,6 +70,7 @@ class GuestVm:
         self.first_nodes: dict[str, str] = {}
         self._command = [qemu] if isinstance(qemu, str) else list(qemu)
         self._qemu_img = qemu_img
+        self._agent = agent
         self._cdrom = cdrom
         self._extra_args = list(extra_args)
         self._memory_mib = memory_mib
@@ -81,6 +87,16 @@ class GuestVm:
     def product_socket(self) -> Path:
         """QMP socket for the product; the test bed never touches it."""
         return (self._sockets / "product.sock").absolute()
+
+    @property
+    def agent_socket(self) -> Path | None:
+        """The guest agent's socket, for one client at a time; None if the guest has no agent."""
+        return (self._sockets / "agent.sock").absolute() if self._agent else None
+
+    @property
+    def shell_socket(self) -> Path:
+        """Where a guest with an agent takes commands."""
+        return (self._sockets / "shell.sock").absolute()
 
     @property
     def console_path(self) -> Path:
@@ -120,12 +136,16 @@ class GuestVm:
         """Create missing images, start QEMU, and let the guest run unless `initially_paused`."""
         if self._qemu is not None:
             raise GuestFailureError("the VM has been started already")
-        files = await asyncio.to_thread(build.ensure)
+        files = await asyncio.to_thread(build.ensure, agent=self._agent)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._sockets.mkdir(mode=0o700, exist_ok=True)
         for disk in self.disks:
             path = self.image_path(disk.id)
-            if not path.exists():
+            if path.exists():
+                continue
+            if self.workload.kind == "files":
+                await ext4.make(path, disk.size_bytes)
+            else:
                 await images.create(path, disk.format, disk.size_bytes, qemu_img=self._qemu_img)
         self._starts += 1
         self.console_path.unlink(missing_ok=True)
@@ -266,7 +286,18 @@ class GuestVm:
                 self.fail("the guest gave up")
             return text in printed
 
-        await self._wait(seen, f"the guest to print {text!r}", deadline_seconds)
+        await self.wait_until(seen, f"the guest to print {text!r}", deadline_seconds)
+
+    async def wait_until(self, done: Callable[[], bool], what: str, deadline_seconds: float = 30.0) -> None:
+        """Wait for something that a living QEMU's guest brings about."""
+        try:
+            async with asyncio.timeout(deadline_seconds):
+                while not done():
+                    if not self.alive():
+                        self.fail(f"QEMU ended while waiting for {what}")
+                    await asyncio.sleep(0.05)
+        except TimeoutError as error:
+            self.fail(f"waited {deadline_seconds} s for {what}", error)
 
     async def wait_writes(self, number: int, deadline_seconds: float = 30.0) -> None:
         """Wait until so many more of the guest's writes have completed."""
@@ -285,7 +316,7 @@ class GuestVm:
     async def wait_stats(self, number: int = 1, deadline_seconds: float = 30.0) -> None:
         """Wait until the guest has printed so many more statistics lines."""
         wanted = len(self.stats()) + number
-        await self._wait(lambda: len(self.stats()) >= wanted, f"{number} stat lines", deadline_seconds)
+        await self.wait_until(lambda: len(self.stats()) >= wanted, f"{number} stat lines", deadline_seconds)
 
     async def assert_healthy(self) -> None:
         """Raise GuestFailureError if QEMU died, the guest stands still, or a write failed."""
@@ -320,16 +351,6 @@ class GuestVm:
 
     # --- inner ---
 
-    async def _wait(self, done: Callable[[], bool], what: str, deadline_seconds: float) -> None:
-        try:
-            async with asyncio.timeout(deadline_seconds):
-                while not done():
-                    if not self.alive():
-                        self.fail(f"QEMU ended while waiting for {what}")
-                    await asyncio.sleep(0.05)
-        except TimeoutError as error:
-            self.fail(f"waited {deadline_seconds} s for {what}", error)
-
     def _arguments(self, files: build.GuestFiles) -> list[str]:
         paths = {disk.id: self.image_path(disk.id).absolute() for disk in self.disks}
         workload = self.workload.on(self.disks).kernel_arguments(self.run, resume=self._starts > 1)
@@ -340,6 +361,8 @@ class GuestVm:
         arguments += monitor_arguments("product", self.product_socket)
         arguments += monitor_arguments("testbed", self._sockets.absolute() / "testbed.sock")
         arguments += disk_arguments(self.disks, paths)
+        if self.agent_socket is not None:
+            arguments += agent_arguments(self.agent_socket, self.shell_socket)
         if self._cdrom:
             arguments += ["-device", "ide-cd,id=cdrom0"]
         return arguments + self._extra_args

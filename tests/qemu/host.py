@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 from orchestrator import config
-from orchestrator.model import Discard, Fleecing, Outcome, RunOptions, RunResult
+from orchestrator.model import Consistency, Discard, Fleecing, Outcome, RunOptions, RunResult
 from orchestrator.qemu import qmp
 from orchestrator.run.backup import Connect
 from orchestrator.run.restore import restore
@@ -52,6 +52,7 @@ path = "{folder}/zstd"
 compress = "zstd"
 [vm.{vm}]
 qmp = "{socket}"
+{agent}
 priority = {priority}
 exclude_disks = [{exclude}]
 {more}
@@ -100,6 +101,7 @@ class Host:
                 target=self.target,
                 vm=VM,
                 socket=socket or vm.product_socket,
+                agent=f'agent = "{vm.agent_socket}"' if vm.agent_socket else "",
                 priority=priority,
                 exclude=", ".join(f'"{disk}"' for disk in exclude),
                 more=more,
@@ -137,6 +139,7 @@ class Host:
         bwlimit: int = 0,
         cbw_timeout: int = 10,
         discard: Discard = Discard.AUTO,
+        consistency: Consistency = Consistency.PAUSE,
     ) -> AsyncIterator[UnderWay]:
         """A backup beside the block, by an engine of its own if none is given; it is awaited at its end."""
         under_way = UnderWay(self.vms[name])
@@ -146,6 +149,7 @@ class Host:
             bwlimit_bytes_per_second=bwlimit,
             cbw_timeout_seconds=cbw_timeout,
             discard=discard,
+            consistency=consistency,
         )
         async with self.opened() if on is None else contextlib.nullcontext(on) as opened:
             work = opened.back_up(name, options, on_progress=under_way.progress.append)
@@ -158,9 +162,19 @@ class Host:
                 under_way.task.cancel()
                 await asyncio.wait([under_way.task])
 
-    async def back_up(self, fleecing: Fleecing = FLEECED, *, target: str = "main", bwlimit: int = 0) -> RunResult:
+    async def back_up(
+        self,
+        fleecing: Fleecing = FLEECED,
+        *,
+        on: Engine | None = None,
+        target: str = "main",
+        bwlimit: int = 0,
+        consistency: Consistency = Consistency.PAUSE,
+    ) -> RunResult:
         """A backup from its start to its end."""
-        async with self.backing_up(fleecing, target=target, bwlimit=bwlimit) as under_way:
+        async with self.backing_up(
+            fleecing, on=on, target=target, bwlimit=bwlimit, consistency=consistency
+        ) as under_way:
             pass
         return under_way.result
 

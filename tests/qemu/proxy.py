@@ -1,4 +1,4 @@
-"""A unix socket between the product and QEMU's monitor that can be cut at any moment, and at an exact command.
+"""A unix socket between the product and QEMU's monitor: cut at any moment, cut or held at an exact command.
 
 It passes descriptors on as well. QEMU stays; who connects again gets through, as long as `closed` is not set.
 """
@@ -23,8 +23,10 @@ class Proxy:
         self.path = path
         self.connections = 0
         self.cuts = 0
+        self.held = threading.Event()
         self._to = to
         self._cut_after: str | None = None
+        self._hold_before: str | None = None
         self._open: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
@@ -59,6 +61,10 @@ class Proxy:
     def cut_after(self, command: str) -> None:
         """Cut as soon as this command was passed on to QEMU, and nothing that was sent behind it."""
         self._cut_after = command
+
+    def hold_before(self, command: str) -> None:
+        """Hold the connection on which this command comes, once: nothing more is passed on, until it is closed."""
+        self._hold_before = command
 
     def _start(self, target: object, *arguments: object) -> None:
         thread = threading.Thread(target=target, args=arguments, daemon=True)  # type: ignore[arg-type]
@@ -110,9 +116,16 @@ class Proxy:
                     os.close(descriptor)
             unsent += data
             while message := _first_message(unsent):
+                names = _names(json.loads(message))
+                if self._hold_before in names:
+                    self._hold_before = None
+                    self.held.set()
+                    while client.recv(READ_BYTES):
+                        pass
+                    return
                 qemu.sendall(message)
                 unsent = unsent[len(message) :]
-                if self._cut_after is not None and self._cut_after in _names(json.loads(message)):
+                if self._cut_after in names:
                     self._cut_after = None
                     self.cut()
                     return
