@@ -9,7 +9,8 @@ from collections import defaultdict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.target.restic.blob_index import BlobIndex, Location
+from orchestrator.target.restic import crypto, index_file
+from orchestrator.target.restic.blob_index import BlobIndex, IndexBuilder, Location
 from orchestrator.target.restic.pack import BlobKind, Entry
 
 MEASURED = int(os.environ.get("VMFLEECE_INDEX_BLOBS", "200000"))
@@ -27,12 +28,21 @@ entries = st.builds(
 packs = st.lists(st.tuples(st.binary(min_size=32, max_size=32), st.lists(entries, max_size=100)), max_size=5)
 
 
+Listed = tuple[bytes, list[Entry]]
+KEY = crypto.generate()
+
+
+def built(*files: list[Listed]) -> BlobIndex:
+    builder = IndexBuilder()
+    for file in files:
+        for table in index_file.open_sealed(index_file.seal(file, KEY), KEY, file="index/1"):
+            builder.add(table)
+    return builder.finish()
+
+
 @given(packs, packs)
-def test_it_finds_what_a_dictionary_finds(
-    loaded: list[tuple[bytes, list[Entry]]], added: list[tuple[bytes, list[Entry]]]
-) -> None:
-    index = BlobIndex()
-    index.load(loaded)
+def test_it_finds_what_a_dictionary_finds(loaded: list[Listed], added: list[Listed]) -> None:
+    index = built(loaded)
     expected: dict[tuple[BlobKind, bytes], set[Location]] = defaultdict(set)
     for pack, listed in added:
         index.add(pack, listed)
@@ -50,8 +60,9 @@ def test_it_finds_what_a_dictionary_finds(
 def test_an_id_in_the_midst_of_another_record_is_not_found() -> None:
     wanted = bytes([7, 7] + [0] * 30)
     fake = bytes([7] * 8) + bytes(24)
-    index = BlobIndex()
-    index.load([(bytes(32), [Entry(BlobKind.DATA, fake, 0, 32, None), Entry(BlobKind.DATA, wanted, 0, 99, None)])])
+    index = built(
+        [(bytes(32), [Entry(BlobKind.DATA, fake, 0, 32, None), Entry(BlobKind.DATA, wanted, 0, 99, None)])]
+    )
     assert [place.entry.length for place in index.find(BlobKind.DATA, wanted)] == [99]
     assert index.find(BlobKind.DATA, bytes([7, 7]) + bytes([7] * 6) + bytes(24)) != []
     assert index.find(BlobKind.DATA, bytes([7] * 7) + bytes(25)) == []
@@ -59,8 +70,7 @@ def test_an_id_in_the_midst_of_another_record_is_not_found() -> None:
 
 def test_a_pack_that_two_index_files_list_is_known_once() -> None:
     entry = Entry(BlobKind.DATA, bytes(32), 0, 99, None)
-    index = BlobIndex()
-    index.load([(b"p" * 32, [entry]), (b"p" * 32, [entry]), (b"q" * 32, [entry])])
+    index = built([(b"p" * 32, [entry]), (b"q" * 32, [entry])], [(b"p" * 32, [entry])])
     assert len(index) == 2
     assert {place.pack for place in index.find(BlobKind.DATA, bytes(32))} == {b"p" * 32, b"q" * 32}
 
@@ -74,8 +84,9 @@ def test_it_takes_64_bytes_a_blob_also_while_it_grows() -> None:
     gc.collect()
     tracemalloc.start()
     try:
-        index = BlobIndex()
-        index.load(pack(number) for number in range(MEASURED // 16))
+        half = [pack(number) for number in range(MEASURED // 16)]
+        index = built(*(half[at : at + 2500] for at in range(0, len(half), 2500)))
+        del half
         for number in range(MEASURED // 16, MEASURED // 8):
             index.add(*pack(number))
         gc.collect()

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import hashlib
+import itertools
 import json
 import struct
 from collections.abc import Callable
@@ -361,19 +362,55 @@ entries = st.builds(
 )
 
 
+def listed(stored: bytes, wanted: list[bool] | None = None) -> list[tuple[bytes, list[Entry]]]:
+    """What an index file lists, of some packs if `wanted` says which."""
+    found = []
+    for table in index_file.open_sealed(stored, KEY, file="index/1"):
+        part = table if wanted is None else table.of(wanted)
+        rows = zip(part.trees, part.identities, part.offsets, part.lengths, part.plain_bytes, strict=True)
+        blobs = iter(
+            [Entry(BlobKind.TREE if tree else BlobKind.DATA, *row[:3], row[3] or None) for tree, *row in rows]
+        )
+        for pack_id, count, end in zip(part.packs, part.counts, part.ends, strict=True):
+            own = list(itertools.islice(blobs, count))
+            assert end == max((entry.offset + entry.length for entry in own), default=0)
+            found.append((pack_id, own))
+    return found
+
+
 @given(st.lists(st.tuples(ids, st.lists(entries, max_size=4)), max_size=4))
 def test_an_index_file_lists_what_it_was_given(packs: list[tuple[bytes, list[Entry]]]) -> None:
-    stored = index_file.seal(packs, KEY)
-    assert list(index_file.open_sealed(stored, KEY, file="index/1")) == packs
+    assert listed(index_file.seal(packs, KEY)) == packs
+
+
+@given(st.lists(st.tuples(ids, st.lists(entries, max_size=4)), max_size=4), st.data())
+def test_what_is_listed_of_some_packs(packs: list[tuple[bytes, list[Entry]]], data: st.DataObject) -> None:
+    wanted = data.draw(st.lists(st.booleans(), min_size=len(packs), max_size=len(packs)))
+    assert listed(index_file.seal(packs, KEY), wanted) == list(itertools.compress(packs, wanted))
+
+
+def test_more_packs_than_are_taken_apart_at_once() -> None:
+    packs = [
+        (
+            sha256(b"%d" % number),
+            [Entry(BlobKind.TREE, sha256(b"tree %d" % number), number, 99, 200)] * (number % 3),
+        )
+        for number in range(250)
+    ]
+    assert listed(index_file.seal(packs, KEY)) == packs
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"id": "AB" * 32},
+        {"id": "ab" * 31},
+        {"id": " b" * 32},
+        {"id": "\u00e9" * 64},
         {"id": None},
         {"type": "other"},
         {"type": ["data"]},
+        {"offset": None},
         {"offset": -1},
         {"offset": 2**32},
         {"offset": 2**32 - 50},
@@ -387,13 +424,43 @@ def test_an_index_file_lists_what_it_was_given(packs: list[tuple[bytes, list[Ent
 def test_no_index_entry_is_taken_on_trust(change: dict[str, Any]) -> None:
     blob = {"id": "ab" * 32, "type": "data", "offset": 0, "length": 100, "uncompressed_length": 0}
     document = {"supersedes": [5], "packs": [{"id": "cd" * 32, "blobs": [blob]}]}
-    read = index_file.open_sealed(envelope.seal(KEY, document), KEY, file="index/1")
-    assert list(read) == [
+    assert listed(envelope.seal(KEY, document)) == [
         (bytes.fromhex("cd" * 32), [Entry(BlobKind.DATA, bytes.fromhex("ab" * 32), 0, 100, None)])
     ]
     blob |= change
     with pytest.raises(Damaged, match="index/1"):
-        list(index_file.open_sealed(envelope.seal(KEY, document), KEY, file="index/1"))
+        listed(envelope.seal(KEY, document))
+
+
+@pytest.mark.parametrize(
+    "packs",
+    [
+        7,
+        {},
+        [7],
+        [None],
+        [{}],
+        [{"id": "cd" * 31, "blobs": []}],
+        [{"id": "CD" * 32}],
+        [{"id": "cd" * 32, "blobs": {}}],
+        [{"id": "cd" * 32, "blobs": [None]}],
+        [{"id": "cd" * 32, "blobs": [{"id": "ab" * 32, "type": "data", "offset": 0}]}],
+    ],
+)
+def test_no_list_of_packs_is_taken_on_trust(packs: Any) -> None:
+    with pytest.raises(Damaged, match="index/1"):
+        listed(envelope.seal(KEY, {"packs": packs}))
+
+
+@pytest.mark.parametrize("document", [{}, {"packs": None}, {"packs": []}])
+def test_an_index_file_may_list_nothing(document: dict[str, Any]) -> None:
+    assert listed(envelope.seal(KEY, document)) == []
+
+
+def test_a_pack_may_be_listed_without_blobs() -> None:
+    packs = [{"id": "cd" * 32, "blobs": None}, {"id": "ef" * 32}]
+    read = listed(envelope.seal(KEY, {"packs": packs}))
+    assert read == [(bytes.fromhex("cd" * 32), []), (bytes.fromhex("ef" * 32), [])]
 
 
 # Sealed documents

@@ -11,11 +11,16 @@ import threading
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 
-from orchestrator.target.restic.pack import ID_BYTES, BlobKind, Entry
+from orchestrator.target.restic.fields import ID_BYTES
+from orchestrator.target.restic.index_file import Table
+from orchestrator.target.restic.pack import BlobKind, Entry
 
 _REST = struct.Struct(">IIII")
-_RECORD_BYTES = ID_BYTES + _REST.size
+_RECORD = struct.Struct(f">{ID_BYTES}sIIII")
+_RECORD_BYTES = _RECORD.size
+_WHOLE = struct.Struct(f"{_RECORD_BYTES}s")
 _TREE = 1 << 31
 _SMALLEST_BATCH = 64
 
@@ -44,14 +49,15 @@ class _Shard:
     def add(self, identity: bytes, rest: bytes) -> None:
         self._waiting.setdefault(identity, []).append(rest)
         if len(self._waiting) >= max(_SMALLEST_BATCH, len(self._records) // (32 * _RECORD_BYTES)):
-            self.sort([identity + rest for identity, rests in self._waiting.items() for rest in rests])
+            added = (identity + rest for identity, rests in self._waiting.items() for rest in rests)
+            self.sort(self._records + b"".join(added))
             self._waiting = {}
 
-    def sort(self, more: list[bytes]) -> None:
-        """Sort records in. The same record twice is kept once."""
-        records = list(dict.fromkeys(sorted(_split(self._records) + more)))
-        self._records = b"".join(records)
-        seconds = bytes(record[1] for record in records)
+    def sort(self, records: bytes | bytearray) -> None:
+        """Have these records, sorted. The same record twice is kept once."""
+        ordered = sorted(record for (record,) in _WHOLE.iter_unpack(records))
+        self._records = b"".join(dict.fromkeys(ordered))
+        seconds = self._records[1::_RECORD_BYTES]
         self._starts = memoryview(
             struct.pack("257I", *(bisect_left(seconds, second) for second in range(257)))
         ).cast("I")
@@ -73,31 +79,18 @@ class _Shard:
 class BlobIndex:
     """All blobs of a repository. May be used by several threads at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, packs: Iterable[bytes] = (), records: Iterable[bytearray] = ()) -> None:
+        """Of records by the first byte of their ids, which are taken over."""
         self._shards = [_Shard() for _ in range(256)]
-        self._packs = bytearray()
+        self._packs = bytearray().join(packs)
         self._turn = threading.Lock()
+        for shard, some in zip(self._shards, records, strict=False):
+            shard.sort(some)
+            some.clear()
 
     def __len__(self) -> int:
         """Return how many places of blobs it knows."""
         return sum(len(shard) for shard in self._shards)
-
-    def load(self, packs: Iterable[tuple[bytes, Sequence[Entry]]]) -> None:
-        """Add all that index files list. A pack that several of them list is known once."""
-        numbers: dict[bytes, int] = {}
-        shards: list[bytearray] = [bytearray() for _ in self._shards]
-        for pack, entries in packs:
-            number = numbers.get(pack)
-            if number is None:
-                number = numbers[pack] = self._new_pack(pack)
-            for entry in entries:
-                shards[entry.identity[0]] += entry.identity + _rest(number, entry)
-        del numbers
-        for shard, added in zip(self._shards, shards, strict=True):
-            if added:
-                with self._turn:
-                    shard.sort(_split(added))
-                added.clear()
 
     def add(self, pack: bytes, entries: Iterable[Entry]) -> None:
         """Add what a new pack holds."""
@@ -132,10 +125,33 @@ class BlobIndex:
             return len(self._packs) // ID_BYTES - 1
 
 
+class IndexBuilder:
+    """Makes an index of what index files list, some packs at a time."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[bytes, int] = {}
+        self._records = [bytearray() for _ in range(256)]
+
+    @property
+    def packs(self) -> tuple[bytes, ...]:
+        """The packs that it knows."""
+        return tuple(self._numbers)
+
+    def add(self, table: Table) -> None:
+        """Add what is listed. A pack that is listed twice is known once."""
+        numbers = [self._numbers.setdefault(pack, len(self._numbers)) for pack in table.packs]
+        of_packs = chain.from_iterable(map(repeat, numbers, table.counts))
+        marked = [number | _TREE if tree else number for number, tree in zip(of_packs, table.trees, strict=True)]
+        columns = table.identities, marked, table.offsets, table.lengths, table.plain_bytes
+        records = self._records
+        for record in map(_RECORD.pack, *columns):
+            records[record[0]] += record
+
+    def finish(self) -> BlobIndex:
+        """Return the index. The builder cannot be used afterwards."""
+        return BlobIndex(self._numbers, self._records)
+
+
 def _rest(pack_number: int, entry: Entry) -> bytes:
     marked = pack_number | (_TREE if entry.kind is BlobKind.TREE else 0)
     return _REST.pack(marked, entry.offset, entry.length, entry.plain_bytes or 0)
-
-
-def _split(records: bytes | bytearray) -> list[bytes]:
-    return [bytes(records[at : at + _RECORD_BYTES]) for at in range(0, len(records), _RECORD_BYTES)]

@@ -32,12 +32,17 @@ def seal(key: Key, value: dict[str, Any], *, compressed: bool = True) -> bytes:
 
 def open_sealed(key: Key, stored: bytes, *, file: str) -> Fields:
     """Return a document. Raises Damaged."""
+    return fields.parse(open_text(key, stored, file=file), file=file)
+
+
+def open_text(key: Key, stored: bytes, *, file: str) -> bytes:
+    """Return a document's JSON, which may be none. Raises Damaged."""
     plain = key.open(stored, file=file)
     if plain[:1] == bytes([_COMPRESSED]):
         plain = compression.decompress_at_most(memoryview(plain)[1:], limit=LARGEST_BYTES, file=file)
     elif plain[:1] not in (b"{", b"["):
         raise Damaged(file, "it is of a version that is not known")
-    return fields.parse(plain, file=file)
+    return plain
 
 
 def check_name(stored: bytes, *, identity: bytes, file: str) -> None:

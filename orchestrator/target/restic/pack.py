@@ -18,7 +18,6 @@ from orchestrator.target.restic.errors import Damaged
 from orchestrator.target.restic.fields import UINT32
 from orchestrator.units import MIB
 
-ID_BYTES = 32
 SMALLEST_TARGET_BYTES = 16 * MIB
 LARGEST_TARGET_BYTES = 64 * MIB
 CHUNK_BYTES = 4 * MIB

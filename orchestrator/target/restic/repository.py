@@ -14,10 +14,12 @@ repository as it is or waits until they are done.
 import asyncio
 import dataclasses
 import hashlib
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 from orchestrator import aio
@@ -25,10 +27,10 @@ from orchestrator.errors import TargetError
 from orchestrator.target.restic import access, envelope, index_file, lock, pack, snapshot, tree
 from orchestrator.target.restic.access import Opened
 from orchestrator.target.restic.backend.base import Backend, File, Kind
-from orchestrator.target.restic.blob_index import BlobIndex, Location
+from orchestrator.target.restic.blob_index import BlobIndex, IndexBuilder, Location
 from orchestrator.target.restic.crypto import Cost
 from orchestrator.target.restic.errors import Damaged, FileMissing
-from orchestrator.target.restic.index_file import Listed
+from orchestrator.target.restic.index_file import Table
 from orchestrator.target.restic.keys import KeyInfo
 from orchestrator.target.restic.lock import Lock, Pace
 from orchestrator.target.restic.pack import BlobKind
@@ -212,28 +214,26 @@ class Repository:
     def _load_index(self) -> None:
         files = self._files(Kind.INDEX)  # before the packs, which are written before the index lists them
         sizes = {stored.file.identity: stored.size_bytes for stored in self._backend.list(Kind.DATA)}
-        index, lacking = BlobIndex(), BlobIndex()
-        packs: dict[bytes, None] = {}
+        whole, lacking = IndexBuilder(), IndexBuilder()
+        for table in self._tables(files):
+            gone = [sizes.get(pack, -1) < end for pack, end in zip(table.packs, table.ends, strict=True)]
+            if any(gone):
+                lacking.add(table.of(gone))
+                table = table.of([not one for one in gone])  # noqa: PLW2901  what is left of it
+            whole.add(table)
+        self._index, self._lacking, self.lacking = whole.finish(), lacking.finish(), lacking.packs
 
-        def whole() -> Iterator[Listed]:
-            for identity, entries in self._listed(files):
-                if sizes.get(identity, -1) >= max((entry.offset + entry.length for entry in entries), default=0):
-                    yield identity, entries
-                elif identity not in packs:
-                    packs[identity] = None
-                    lacking.add(identity, entries)
-
-        index.load(whole())
-        self._index, self._lacking, self.lacking = index, lacking, tuple(packs)
-
-    def _listed(self, files: list[File]) -> Iterator[Listed]:
-        """The packs that index files list, which are read a few at a time."""
+    def _tables(self, files: list[File]) -> Iterator[Table]:
+        """What index files list. While one is taken apart the next are read."""
         with ThreadPoolExecutor(READERS) as pool:
-            for at in range(0, len(files), READERS):
-                batch = files[at : at + READERS]
-                for file, content in zip(batch, pool.map(self._backend.read, batch), strict=True):
-                    envelope.check_name(content, identity=file.identity, file=file.path)
-                    yield from index_file.open_sealed(content, self._key, file=file.path)
+            begun = ((file, pool.submit(self._backend.read, file)) for file in files)
+            reading = deque(islice(begun, READERS))
+            while reading:
+                file, content = reading.popleft()
+                stored = content.result()
+                reading.extend(islice(begun, 1))
+                envelope.check_name(stored, identity=file.identity, file=file.path)
+                yield from index_file.open_sealed(stored, self._key, file=file.path)
 
     def _files(self, kind: Kind) -> list[File]:
         """Where nothing is listed, the repository itself may be gone: a mount, say. That is not to look empty."""

@@ -73,11 +73,16 @@ class DirectoryBackend(Backend):
 
     def list(self, kind: Kind) -> Iterable[Stored]:
         found: list[Stored] = []
-        for entry in self._entries(kind):
-            file = file_of(kind, entry.name)
-            if file is not None and str(self._path / file.path) == entry.path:
-                with contextlib.suppress(FileNotFoundError), self._explained(missing=False):
+        with self._explained():
+            for entry in self._entries(kind):
+                name = entry.name
+                file = file_of(kind, name)
+                if file is None or (kind is Kind.DATA and not entry.path.endswith(f"/{name[:2]}/{name}")):
+                    continue
+                try:
                     found.append(Stored(file, entry.stat().st_size))
+                except FileNotFoundError:
+                    continue
         return found
 
     def remove(self, file: File) -> None:
