@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import uvloop
 
 from orchestrator import __version__, config, log
-from orchestrator.cli import backup, daemon, export, prune, snapshot, status, target, verify, vm
+from orchestrator.cli import backup, cleanup, daemon, export, prune, snapshot, status, target, verify, vm
 from orchestrator.cli import config as config_command
 from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, VmfleeceError
 
@@ -42,6 +42,7 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("export",): export.export,
     ("verify",): verify.verify,
     ("prune",): prune.prune,
+    ("cleanup",): cleanup.cleanup,
     ("target", "init"): target.init,
     ("target", "list"): target.list_targets,
     ("target", "show"): target.show,
@@ -209,6 +210,10 @@ def _parser() -> argparse.ArgumentParser:
     back.add_argument("--target", metavar="T", help="look only on this target")
     back.add_argument("--force", action="store_true", help="overwrite a block device")
 
+    one = commands.add_parser(
+        "cleanup", parents=[common, reporting], help="put right what dead runs have left anywhere"
+    )
+    one.add_argument("--dry-run", action="store_true", help="say what would be done, and why the rest is left")
     one = commands.add_parser(
         "prune", parents=[common, reporting], help="remove what jobs' retention does not keep"
     )

@@ -97,11 +97,7 @@ async def settle_leftovers(
 
     `is_ours` tells whether a run is in our catalogue. Raises RefusedError if one is not.
     """
-    names = [node["node-name"] for node in await monitor.execute(commands.QUERY_NODES)]
-    names += [job["id"] for job in await monitor.execute(commands.QUERY_JOBS)]
-    for fdset in await monitor.execute(commands.QUERY_FDSETS):
-        names += [fd["opaque"] for fd in fdset["fds"] if "opaque" in fd]
-    for run in sorted({run_of(name) for name in names if name.startswith(PREFIX)}):
+    for run in sorted({run_of(name) for name in await our_objects(monitor)}):
         if not is_ours(run):
             raise RefusedError(
                 f"VM {vm}: another vmfleece's run {run} is in its QEMU",
@@ -110,6 +106,15 @@ async def settle_leftovers(
             )
         log.warning("leftovers.found", of_run=run)
         await graph.dismantle(monitor, run_prefix(run), pauser)
+
+
+async def our_objects(monitor: Monitor) -> list[str]:
+    """The names of all that is ours in a QEMU, whosever it is. Raises MonitorError."""
+    names = [node["node-name"] for node in await monitor.execute(commands.QUERY_NODES)]
+    names += [job["id"] for job in await monitor.execute(commands.QUERY_JOBS)]
+    for fdset in await monitor.execute(commands.QUERY_FDSETS):
+        names += [fd["opaque"] for fd in fdset["fds"] if "opaque" in fd]
+    return [name for name in names if name.startswith(PREFIX)]
 
 
 def nearest_storages(disks: Sequence[Disk], storages: Mapping[str, Storage]) -> dict[str, str | None]:

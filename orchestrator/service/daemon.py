@@ -11,11 +11,14 @@ import structlog
 
 from orchestrator import aio
 from orchestrator.config import Config
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, VmfleeceError
 from orchestrator.model import Phase, Progress
 from orchestrator.service import engine, reclaim, scheduler, systemd
+from orchestrator.service.reconciler import Reconciler
 
 log = structlog.get_logger(__name__)
+
+RECONCILE_SECONDS = 600.0
 
 
 async def serve(config: Config) -> None:
@@ -37,14 +40,25 @@ async def serve(config: Config) -> None:
             await opened.run_job(job, on_progress=status.update)
 
         jobs = [scheduler.serve(job, run, opened.catalogue) for job in config.job.values()]
+        looking_after = _reconcile(opened.reconciler())
         reclaims = [reclaim.serve(target, opened.gates[name]) for name, target in config.target.items()]
-        async with aio.background(systemd.watchdog(), *jobs, *reclaims):
+        async with aio.background(systemd.watchdog(), looking_after, *jobs, *reclaims):
             log.info("daemon.ready", pid=os.getpid(), vms=len(config.vm), jobs=len(config.job))
             systemd.notify(READY="1", STATUS=f"{len(config.job)} jobs, no run under way")
             await stop.wait()
             log.info("daemon.stopping")
             systemd.notify(STOPPING="1", STATUS="ending the runs under way")
     log.info("daemon.stopped")
+
+
+async def _reconcile(reconciler: Reconciler) -> None:
+    """Put right what dead runs have left, at once and from time to time. Runs until cancelled."""
+    while True:
+        try:
+            await reconciler.put_right()
+        except VmfleeceError as error:
+            log.warning("reconcile.failed", error=str(error))
+        await asyncio.sleep(RECONCILE_SECONDS)
 
 
 class _Status:

@@ -31,6 +31,7 @@ from orchestrator.run.backup import Connect, Means, back_up, new_run_id
 from orchestrator.run.prune import prune
 from orchestrator.run.survey import Storages
 from orchestrator.service import api, overview
+from orchestrator.service.reconciler import Reconciler
 from orchestrator.service.status import Status, StorageStatus
 from orchestrator.state import lock
 from orchestrator.state.catalogue import Catalogue
@@ -118,11 +119,16 @@ def _target(settings: TargetSettings) -> Target:
 
 
 @contextlib.asynccontextmanager
-async def opened(config: Config, *, connect: Connect = qmp.connect) -> AsyncIterator["Engine"]:
-    """An engine that owns state_dir for the block; `connect` is how it reaches VMs. Raises StateError."""
+async def opened(
+    config: Config, *, connect: Connect = qmp.connect, recover: bool = True
+) -> AsyncIterator["Engine"]:
+    """An engine that owns state_dir for the block; `connect` is how it reaches VMs. Raises StateError.
+
+    `recover`: it puts right by itself what dead runs left of guests and grants.
+    """
     with lock.owned(config.daemon.state_dir):
         engine = Engine(config, connect)
-        async with engine.serving():
+        async with engine.serving(recover=recover):
             yield engine
 
 
@@ -157,14 +163,27 @@ class Engine:
         self._live: dict[str, overview.Live] = {}
 
     @contextlib.asynccontextmanager
-    async def serving(self) -> AsyncIterator[None]:
+    async def serving(self, *, recover: bool) -> AsyncIterator[None]:
         """Hold the ledger, answer on the control socket and take up dead runs' grants, for the block."""
         async with (
             self._controller.serving(),
             api.served(self.config.daemon.run_dir, self.status),
-            aio.background(self._recover()),
+            aio.background(*([self._recover()] if recover else [])),
         ):
             yield
+
+    def reconciler(self) -> Reconciler:
+        """What finds all that dead runs have left, anywhere, and puts it right."""
+        return Reconciler(
+            monitors={name: vm.qmp for name, vm in self.config.vms().items()},
+            targets=self._means.targets,
+            catalogue=self.catalogue,
+            journal=self._journal,
+            controller=self._controller,
+            connect=self._connect,
+            running=lambda: {live.vm: run for run, live in self._live.items()},
+            lock=self._vm_lock,
+        )
 
     async def probe_storages(self) -> None:
         """Look what each storage's file system can do, and log what it cannot; none of it ends the service."""

@@ -67,6 +67,11 @@ class Catalogue:
             found = connection.execute("SELECT 1 FROM runs WHERE run = ?", (run,)).fetchone()
         return found is not None
 
+    def runs(self) -> set[str]:
+        """All runs that were ever entered."""
+        with self._database.transaction() as connection:
+            return {row[0] for row in connection.execute("SELECT run FROM runs")}
+
     def results(self, vm: str) -> list[dict[str, Any]]:
         """The results of a VM's ended runs, oldest first."""
         with self._database.transaction() as connection:

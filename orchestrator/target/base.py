@@ -259,6 +259,14 @@ class Target(abc.ABC):
         """
 
     @abc.abstractmethod
+    async def leftovers(self) -> list[str]:
+        """What dead writers left half-written or half-removed, as people know it; what live ones have is none."""
+
+    @abc.abstractmethod
+    async def clear(self) -> None:
+        """Remove it, as far as that can be done now."""
+
+    @abc.abstractmethod
     async def remove(self, snapshot: Snapshot) -> None:
         """Take a snapshot off the list and free its space; nothing to do if it is gone.
 

@@ -66,6 +66,12 @@ class FakeTarget(Target):
     async def verify(self, snapshot: Snapshot, *, share: float) -> Verification:
         raise NotImplementedError
 
+    async def leftovers(self) -> list[str]:
+        return []
+
+    async def clear(self) -> None:
+        await self.step("clear")
+
     async def remove(self, snapshot: Snapshot) -> None:
         await self.step("remove")
         listed = next((one for one in self.listed if one.id == snapshot.id), None)

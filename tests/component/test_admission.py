@@ -213,7 +213,13 @@ OPTIONS = RunOptions("main", Fleecing(storage="local"))
 
 @asynccontextmanager
 async def opened(
-    world: World, *, quota: str = "1GiB", first_grant: str = "10%", retries: int = 1, more: str = ""
+    world: World,
+    *,
+    quota: str = "1GiB",
+    first_grant: str = "10%",
+    retries: int = 1,
+    more: str = "",
+    recover: bool = True,
 ) -> AsyncIterator[Engine]:
     """The engine over the world's QEMU and target, with a state_dir of its own."""
     path = world.folder / "vmfleece.toml"
@@ -224,7 +230,7 @@ async def opened(
     )
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(engine, "targets", lambda _config: {"main": world.target})
-        async with engine.opened(config.load(path), connect=world.host.connect) as one:
+        async with engine.opened(config.load(path), connect=world.host.connect, recover=recover) as one:
             world.controller = one._controller
             yield one
 

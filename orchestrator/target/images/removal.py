@@ -81,6 +81,18 @@ def remove(folder: Path, *, target: str) -> Stays | None:
     return None
 
 
+def leftovers(vm_folder: Path) -> list[Path]:
+    """What dead processes left of a VM's snapshots half-written or half-removed."""
+    found = []
+    for left in (*vm_folder.glob(f"*{PARTIAL}"), *vm_folder.glob(f"*{REMOVED}")):
+        try:
+            os.close(locks.locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB))
+        except (BlockingIOError, FileNotFoundError):
+            continue  # who writes or deletes it lives, or is done
+        found.append(left)
+    return found
+
+
 def clear(vm_folder: Path, *, target: str) -> None:
     """Delete what dead processes left of a VM's snapshots half-written or half-removed, as far as it can be."""
     for left in (*vm_folder.glob(f"*{PARTIAL}"), *vm_folder.glob(f"*{REMOVED}")):

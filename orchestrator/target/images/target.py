@@ -178,6 +178,24 @@ class ImagesTarget(Target):
         with explained(self.name, self.path / snapshot.id):
             await merging.merge(self.path / snapshot.vm, snapshot, target=self.name)
 
+    async def leftovers(self) -> list[str]:
+        return await asyncio.to_thread(self._leftovers)
+
+    def _leftovers(self) -> list[str]:
+        with explained(self.name, self.path):
+            return [str(path) for folder in self._vm_folders() for path in removal.leftovers(folder)]
+
+    async def clear(self) -> None:
+        await aio.finish(asyncio.to_thread(self._clear))
+
+    def _clear(self) -> None:
+        with explained(self.name, self.path):
+            for folder in self._vm_folders():
+                removal.clear(folder, target=self.name)
+
+    def _vm_folders(self) -> list[Path]:
+        return sorted(path for path in self.path.glob("*") if path.is_dir())
+
     async def remove(self, snapshot: Snapshot) -> None:
         await aio.finish(asyncio.to_thread(self._remove, snapshot))
 
@@ -331,7 +349,8 @@ class ImagesDraft(Draft):
 
     async def abort(self) -> None:
         if self._committed is None:
-            await asyncio.to_thread(self._remove)
+            # Finished in any case: who aborts it again must not close what this closes.
+            await aio.finish(asyncio.to_thread(self._remove))
 
     def _remove(self) -> None:
         while self._images:
