@@ -7,7 +7,7 @@ set -eu
 
 PATH=$PATH:/usr/sbin:/sbin # mkfs is there, which not every user's PATH has
 missing=""
-for tool in qemu-system-x86_64 qemu-img qemu-nbd nbdcopy gcc cpio mkfs.ext4 mkfs.xfs mkfs.btrfs restic; do
+for tool in qemu-system-x86_64 qemu-img qemu-nbd nbdcopy gcc cpio mkfs.ext4 mkfs.xfs mkfs.btrfs restic fusermount3; do
     command -v "$tool" >/dev/null 2>&1 || missing="$missing $tool"
 done
 "${PYTHON:-python3.11}" -c "import ensurepip" 2>/dev/null || missing="$missing python3.11-venv"
@@ -36,7 +36,7 @@ fi
 apt-get install -y -qq --no-install-recommends -t bookworm-backports \
     qemu-system-x86 qemu-utils seabios ipxe-qemu >/dev/null
 apt-get install -y -qq --no-install-recommends \
-    libnbd-bin gcc libc6-dev cpio e2fsprogs xfsprogs btrfs-progs restic >/dev/null
+    libnbd-bin gcc libc6-dev cpio e2fsprogs xfsprogs btrfs-progs restic fuse3 >/dev/null
 case "$missing" in
 *python3.11-venv*) apt-get install -y -qq --no-install-recommends python3.11 python3.11-venv >/dev/null ;;
 esac

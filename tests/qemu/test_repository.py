@@ -140,6 +140,29 @@ async def test_a_full_and_incrementals_under_constant_writes(of_each: GuestVm, t
             assert (await asyncio.to_thread(images.compare, path, restored[disk])).identical, (snapshot, disk)
 
 
+async def test_nothing_of_the_guest_or_the_password_can_be_read(host: Host) -> None:
+    await host.vm.pause()
+    result = await host.back_up(target="repo")
+    moment = await moment_of(host)
+    await host.vm.resume()
+    assert_succeeded(result)
+    content = moment["vdb"].read_bytes()
+    plain = next(content[at : at + 48] for at in range(MIB, len(content), 4096) if any(content[at : at + 48]))
+    files = [
+        path
+        for folder in (host.repository, host.folder / "state", host.folder / "run", host.storage)
+        for path in folder.rglob("*")
+        if path.is_file()
+    ]
+    assert len(files) > 5
+    for path in files:
+        stored = path.read_bytes()
+        assert plain not in stored, path
+        assert PASSWORD.encode() not in stored, path
+        assert path.stat().st_mode & 0o077 == 0, path
+    assert (host.repository.stat().st_mode | (host.repository / "data").stat().st_mode) & 0o077 == 0
+
+
 # --- what dies, and what is in the way ---
 
 
