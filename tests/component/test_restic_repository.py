@@ -231,6 +231,13 @@ async def test_a_file_must_be_as_long_as_its_chunks(repository: Repository) -> N
         for content in (FileContent(999, [identity]), FileContent(1000, []), FileContent(1000, [bytes(32)])):
             with pytest.raises(ValueError, match=r"bytes|no such chunk"):
                 await writer.write_file_tree({"vda.raw": content}, b"{}", NOON)
+        other, _ = writer.add_chunk(chunk(2)[:500])
+        parent = FileContent(2000, [identity, identity])
+        for size, ids in ((1500, [identity, other]), (2000, [identity] * 2), (1000, [identity]), (500, [other])):
+            good, bad = FileContent(size, ids), FileContent(size + 1, ids)
+            await writer.write_file_tree({"vda.raw": good}, b"{}", NOON, parents={"vda.raw": parent})
+            with pytest.raises(ValueError, match="bytes"):
+                await writer.write_file_tree({"vda.raw": bad}, b"{}", NOON, parents={"vda.raw": parent})
         with pytest.raises(ValueError, match="not there"):
             await writer.commit(made_of(bytes(32)))
         with pytest.raises(ValueError, match="16 to 64"):

@@ -52,9 +52,20 @@ def test_it_finds_what_a_dictionary_finds(loaded: list[Listed], added: list[List
     for (kind, identity), locations in expected.items():
         assert set(index.find(kind, identity)) == locations
         assert index.has(kind, identity)
+        (length,) = index.lengths(kind, [identity])
+        assert length in {location.entry.content_bytes for location in locations}
         other = BlobKind.TREE if kind is BlobKind.DATA else BlobKind.DATA
         assert index.has(other, identity) is ((other, identity) in expected)
         assert index.find(other, identity) or (other, identity) not in expected
+        assert index.lengths(other, [identity]) != [None] or (other, identity) not in expected
+
+
+def test_lengths_are_in_the_order_of_what_is_asked_for() -> None:
+    index = built([(bytes(32), [Entry(BlobKind.DATA, b"a" * 32, 0, 99, None)])])
+    index.add(b"q" * 32, [Entry(BlobKind.DATA, b"b" * 32, 0, 50, 70), Entry(BlobKind.TREE, b"c" * 32, 50, 50, 80)])
+    asked = [b"c" * 32, b"b" * 32, b"a" * 32, b"b" * 32, bytes(32)]
+    assert index.lengths(BlobKind.DATA, asked) == [None, 70, 67, 70, None]
+    assert index.lengths(BlobKind.TREE, asked) == [80, None, None, None, None]
 
 
 def test_an_id_in_the_midst_of_another_record_is_not_found() -> None:

@@ -155,7 +155,8 @@ class Session:
             for name, one in self._disks.items()
             if one.chunks is not None
         }
-        tree = await self._writer.write_file_tree(files, vm_json, snapshot.time)
+        parents = {f"{name}.raw": one.parent for name, one in self._disks.items() if one.parent is not None}
+        tree = await self._writer.write_file_tree(files, vm_json, snapshot.time, parents=parents)
         made = replace(
             snapshot,
             tree=tree,

@@ -9,10 +9,11 @@ dictionary of its shard and is sorted in from time to time.
 import struct
 import threading
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 
+from orchestrator.target.restic.crypto import OVERHEAD_BYTES
 from orchestrator.target.restic.fields import ID_BYTES
 from orchestrator.target.restic.index_file import Table
 from orchestrator.target.restic.pack import BlobKind, Entry
@@ -40,7 +41,7 @@ class _Shard:
 
     def __init__(self) -> None:
         self._records = b""
-        self._starts: Sequence[int] = ()
+        self._starts: Sequence[int] = bytes(257)
         self._waiting: dict[bytes, list[bytes]] = {}
 
     def __len__(self) -> int:
@@ -58,22 +59,20 @@ class _Shard:
         ordered = sorted(record for (record,) in _WHOLE.iter_unpack(records))
         self._records = b"".join(dict.fromkeys(ordered))
         seconds = self._records[1::_RECORD_BYTES]
-        self._starts = memoryview(
-            struct.pack("257I", *(bisect_left(seconds, second) for second in range(257)))
-        ).cast("I")
+        starts = (bisect_left(seconds, second) * _RECORD_BYTES for second in range(257))
+        self._starts = memoryview(struct.pack("257Q", *starts)).cast("Q")
 
-    def find(self, identity: bytes) -> Iterator[bytes]:
+    def find(self, identity: bytes) -> list[bytes]:
         """What follows the id in each of its records."""
-        yield from self._waiting.get(identity, ())
-        if self._records:
-            at = self._starts[identity[1]] * _RECORD_BYTES
-            end = self._starts[identity[1] + 1] * _RECORD_BYTES
-            while (at := self._records.find(identity, at, end)) >= 0:
-                if at % _RECORD_BYTES:  # another record's content that looks like the id
-                    at += 1
-                    continue
-                yield self._records[at + ID_BYTES : at + _RECORD_BYTES]
-                at += _RECORD_BYTES
+        found = [*self._waiting.get(identity, ())]
+        records, end = self._records, self._starts[identity[1] + 1]
+        at = records.find(identity, self._starts[identity[1]], end)
+        while at >= 0 and at % _RECORD_BYTES:  # another record's content that looks like the id
+            at = records.find(identity, at + 1, end)
+        while at >= 0 and records.startswith(identity, at):
+            found.append(records[at + ID_BYTES : at + _RECORD_BYTES])
+            at += _RECORD_BYTES
+        return found
 
 
 class BlobIndex:
@@ -115,9 +114,22 @@ class BlobIndex:
         wanted = kind is BlobKind.TREE
         return any((rest[0] >= _TREE >> 24) is wanted for rest in self._rests(identity))
 
+    def lengths(self, kind: BlobKind, identities: Iterable[bytes]) -> list[int | None]:
+        """Return how long the content of each of these blobs is; None for one that is not there."""
+        with self._turn:
+            return [self._length(kind, identity) for identity in identities]
+
+    def _length(self, kind: BlobKind, identity: bytes) -> int | None:
+        for rest in self._shards[identity[0]].find(identity):
+            marked, _, length, plain_bytes = _REST.unpack(rest)
+            if (marked >= _TREE) is (kind is BlobKind.TREE):
+                content_bytes: int = plain_bytes or length - OVERHEAD_BYTES
+                return content_bytes
+        return None
+
     def _rests(self, identity: bytes) -> list[bytes]:
         with self._turn:
-            return list(self._shards[identity[0]].find(identity))
+            return self._shards[identity[0]].find(identity)
 
     def _new_pack(self, pack: bytes) -> int:
         with self._turn:

@@ -178,11 +178,8 @@ class Repository:
         whole, last_bytes = divmod(content.size_bytes, chunk_bytes)
         if len(content.chunks) != whole + (last_bytes > 0):
             return False
-        there = {identity for identity in content.chunks if self.has_chunk(identity)}
-        lengths = {identity: self.chunk_bytes(identity) for identity in there}
-        if any(lengths.get(identity) != chunk_bytes for identity in content.chunks[:whole]):
-            return False
-        return not last_bytes or lengths.get(content.chunks[-1]) == last_bytes
+        expected = [chunk_bytes] * whole + [last_bytes] * (last_bytes > 0)
+        return self._index.lengths(BlobKind.DATA, content.chunks) == expected
 
     async def snapshots(self) -> Listing:
         """Return all snapshots, oldest first. Raises NoRepository if it is not there any more, BackendError."""

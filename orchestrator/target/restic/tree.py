@@ -14,7 +14,7 @@ from typing import Any
 
 from orchestrator.target.restic import fields
 from orchestrator.target.restic.errors import Damaged
-from orchestrator.target.restic.fields import UINT64, Fields
+from orchestrator.target.restic.fields import ID_BYTES, UINT64, Fields
 
 _GO_ESCAPES = str.maketrans({character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"})
 
@@ -88,7 +88,7 @@ def _encode_node(node: FileNode) -> bytes:
         "links": 1,
     }
     opened = json.dumps(head, separators=(",", ":")).translate(_GO_ESCAPES).removesuffix("}").encode()
-    chunks = b'","'.join(chunk.hex().encode() for chunk in node.content.chunks)
+    chunks = b"".join(node.content.chunks).hex(",", ID_BYTES).replace(",", '","').encode()
     return b"".join((opened, b',"content":[', b'"' + chunks + b'"' if chunks else b"", b"]}"))
 
 

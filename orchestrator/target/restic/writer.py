@@ -14,10 +14,12 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from types import MappingProxyType
 from typing import Final
 
 from orchestrator import aio
@@ -33,6 +35,7 @@ from orchestrator.target.restic.tree import FileContent, FileNode
 from orchestrator.units import MIB
 
 VM_FILE: Final = "vm.json"
+_NOTHING: Final = FileContent(0, ())
 _PACK_BYTES: Final = 32 * MIB
 _BLOBS_A_FILE: Final = 20_000
 """So many are in one index file, and need not be written again after a run that broke: 80 GiB of chunks."""
@@ -114,13 +117,21 @@ class Writer:
         builder, entry = pending.at
         return pack.open_blob(builder.sealed(entry), entry, self._key, file="a pack that is not saved yet")
 
-    async def write_file_tree(self, files: Mapping[str, FileContent], vm_json: bytes, modified: datetime) -> bytes:
+    async def write_file_tree(
+        self,
+        files: Mapping[str, FileContent],
+        vm_json: bytes,
+        modified: datetime,
+        *,
+        parents: Mapping[str, FileContent] = MappingProxyType({}),
+    ) -> bytes:
         """Write the tree of `files` by name and of `vm.json`, and return its id.
 
-        Raises as `add_chunk` does, and ValueError if a file's chunks are unknown or not as long as the file.
-        Cancelling it waits until it is done.
+        Raises as `add_chunk` does, and ValueError if a file's chunks are unknown or not as long as the file. What
+        is as in `parents`, whose chunks are known to be there, is not looked up. Cancelling it waits until it is
+        done.
         """
-        return await aio.finish(asyncio.to_thread(self._write_tree, files, vm_json, modified))
+        return await aio.finish(asyncio.to_thread(self._write_tree, files, vm_json, modified, parents))
 
     async def commit(self, made: ResticSnapshot) -> ResticSnapshot:
         """Make all that was added durable, then the snapshot; return it with its id. No chunk may be on its way.
@@ -153,29 +164,37 @@ class Writer:
         self._backend.save(File(Kind.SNAPSHOTS, identity), content)
         return dataclasses.replace(made, identity=identity)
 
-    def _write_tree(self, files: Mapping[str, FileContent], vm_json: bytes, modified: datetime) -> bytes:
+    def _write_tree(
+        self,
+        files: Mapping[str, FileContent],
+        vm_json: bytes,
+        modified: datetime,
+        parents: Mapping[str, FileContent],
+    ) -> bytes:
         parts = [vm_json[at : at + CHUNK_BYTES] for at in range(0, len(vm_json), CHUNK_BYTES)]
         contents = {**files, VM_FILE: FileContent(len(vm_json), [self.add_chunk(part)[0] for part in parts])}
         for name, content in contents.items():
-            self._check_length(name, content)
+            self._check_length(name, content, parents.get(name, _NOTHING))
         nodes = [FileNode(name, content, modified) for name, content in contents.items()]
         return self._add(BlobKind.TREE, tree.encode(nodes))[0]
 
-    def _check_length(self, name: str, content: FileContent) -> None:
+    def _check_length(self, name: str, content: FileContent, parent: FileContent) -> None:
         """`restic check` does not see that a file is longer or shorter than its chunks."""
-        lengths = {identity: self._length(identity) for identity in set(content.chunks)}
-        total = sum(lengths[identity] for identity in content.chunks)
+        pairs = itertools.zip_longest(content.chunks, parent.chunks)
+        changed = [(new, old) for new, old in pairs if new != old]
+        more = sum(self._length(new) for new, _ in changed if new is not None)
+        less = sum(self._length(old) for _, old in changed if old is not None)
+        total = parent.size_bytes + more - less
         if total != content.size_bytes:
             raise ValueError(f"{name} has {content.size_bytes} bytes, and its chunks have {total}")
 
     def _length(self, identity: bytes) -> int:
         with self._turn:
             pending = self._pending.get((BlobKind.DATA, identity))
-        if pending is not None:
-            return pending.plain_bytes
-        for location in self._index.find(BlobKind.DATA, identity):
-            return location.entry.content_bytes
-        raise ValueError(f"no such chunk: {identity.hex()}")
+        (length,) = [pending.plain_bytes] if pending else self._index.lengths(BlobKind.DATA, [identity])
+        if length is None:
+            raise ValueError(f"no such chunk: {identity.hex()}")
+        return length
 
     def _add(self, kind: BlobKind, plain: bytes | memoryview) -> tuple[bytes, int]:
         with self._working():
