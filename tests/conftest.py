@@ -11,8 +11,13 @@ LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.SelectorEventLoop,
     "uvloop": uvloop.new_event_loop,
 }
-ENTRY_POINT_LOOP = ("tests/qemu/", "tests/peer/", "tests/unit/test_merge.py")
-"""Tests with a real guest, or with much of qemu-img, take long: they run on the loop that the command runs on."""
+ENTRY_POINT_LOOP = (
+    "tests/qemu/",
+    "tests/peer/",
+    "tests/component/test_target_contract.py",
+    "tests/unit/test_merge.py",
+)
+"""Tests with a real guest, or with many processes, take long: they run on the loop that the command runs on."""
 
 
 def pytest_asyncio_loop_factories(

@@ -20,7 +20,8 @@ Update = Callable[[memoryview], object]
 
 async def file(path: Path, update: Update, *, most_bytes: int = sys.maxsize) -> None:
     """Have `update` take a file, or its beginning. Raises OSError."""
-    with await asyncio.to_thread(_Stoppable, path, most_bytes) as source:
+    opening = asyncio.to_thread(_Stoppable, path, most_bytes)
+    with await aio.acquire(opening, lambda source: asyncio.to_thread(source.close)) as source:
         await aio.in_thread(lambda source: feed(source, update), source, end=source.stop)
 
 

@@ -1,7 +1,6 @@
-"""The contract of a target, over every target there is, and what is particular to each.
+"""Snapshots as folders of qcow2 files: what is particular to them.
 
-To add one: give `SUITE` a case that makes it, says how QEMU's part is played (writing a disk's content into its
-sink), and what of a draft can be seen from outside.
+What holds for every target: tests/component/test_target_contract.py.
 """
 
 import asyncio
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -34,7 +33,7 @@ from orchestrator import aio
 from orchestrator.errors import TargetError
 from orchestrator.model import Compression, Disk
 from orchestrator.qemu import reading
-from orchestrator.target.base import Content, Draft, FileSink, ParentUnusable, Snapshot, Target, find
+from orchestrator.target.base import Draft, FileSink, Snapshot, Target
 from orchestrator.target.images import manifest, removal
 from orchestrator.target.images import target as images_module
 from orchestrator.target.images.target import ImagesTarget
@@ -62,23 +61,18 @@ async def write(sink: FileSink, size_bytes: int, data: bytes) -> None:
     # qemu-img makes images of whole sectors only, and cuts none: the sizes are multiples of 512.
     assert len(data) == size_bytes
     compressed = ["-c"] if sink.compress else []
-    process = await asyncio.create_subprocess_exec(
-        *("qemu-img", "convert", "-n", *compressed, "-f", "raw", "-O", "qcow2"),
-        *("/dev/stdin", f"/dev/fd/{sink.descriptor}"),
-        stdin=await asyncio.to_thread(_in_memory, data),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        pass_fds=(sink.descriptor,),
-    )
-    _, stderr = await process.communicate()
-    assert process.returncode == 0, stderr
+    with in_memory(data) as source:
+        argv = ["qemu-img", "convert", "-n", *compressed, "-f", "raw", "-O", "qcow2", f"/dev/fd/{source}"]
+        done = await aio.run_process([*argv, f"/dev/fd/{sink.descriptor}"], pass_fds=[source, sink.descriptor])
+    assert done.returncode == 0, done
 
 
-def _in_memory(data: bytes) -> int:
-    descriptor = os.memfd_create("content")
-    os.write(descriptor, data)
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return descriptor
+@contextlib.contextmanager
+def in_memory(data: bytes) -> Iterator[int]:
+    """A file without a name for the block."""
+    with open(os.memfd_create("content"), "wb", buffering=0) as file:  # noqa: PTH123
+        file.write(data)
+        yield file.fileno()
 
 
 async def write_changes(sink: FileSink, changes: dict[int, bytes]) -> None:
@@ -118,7 +112,7 @@ def seen(folder: Path) -> set[str]:
 
 @pytest.fixture(params=[Compression.NONE, Compression.ZSTD], ids=["images", "images, zstd"])
 async def target(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Target]:
-    """SUITE: one param for each target and way of using it."""
+    """One param for each way of using it."""
     made = ImagesTarget("main", tmp_path / "backup" / "vms", compression=request.param)
     await made.prepare()
     yield made
@@ -170,90 +164,12 @@ async def refused(act: Coroutine[Any, Any, object]) -> TargetError:
     return error.value
 
 
-# --- the contract ---
-
-
-async def test_commit_lists_it_and_nothing_did_before(target: Target) -> None:
-    assert await target.snapshots() == []
-    draft = await target.begin("web01", STARTED)
-    sink = await draft.add_disk(disk(), compressible=True)
-    assert await target.snapshots() == []
-    await write(sink, MIB, content(MIB))
-    sealed = await draft.seal(disk())
-    assert await target.snapshots() == []
-    committed = await draft.commit(DETAILS)
-    assert await target.snapshots() == [committed]
-    assert committed == Snapshot(
-        draft.snapshot_id, "main", "web01", STARTED.replace(microsecond=0), "full", (sealed,), DETAILS
-    )
-    assert sealed.disk == "vda"
-    assert sealed.size_bytes == MIB
-    assert sealed.sha256 == hashlib.sha256(content(MIB)).hexdigest()
-    assert sealed.stored_bytes > 0
-
-
-SIZES = {"tiny": 512, "efi": 528 * KIB, "odd": MIB + 512, "vda": 3 * MIB}
-
-
-async def test_what_comes_back_is_what_was_written(target: Target, tmp_path: Path) -> None:
-    committed = await snapshot(target, *(disk(name, size) for name, size in SIZES.items()))
-    for number, (name, size) in enumerate(SIZES.items()):
-        for image_format in ("raw", "qcow2"):
-            out = tmp_path / f"{name}.{image_format}"
-            await target.extract(committed, name, to=out, image_format=image_format)
-            raw = await asyncio.to_thread(as_raw, out, image_format)
-            assert raw == content(size, number)
-            assert committed.disk(name).sha256 == hashlib.sha256(raw).hexdigest()
-            assert committed.disk(name).size_bytes == size
-
-
 def as_raw(path: Path, image_format: str) -> bytes:
     if image_format == "raw":
         return path.read_bytes()
     raw = path.with_suffix(".asraw")
     subprocess.check_call(["qemu-img", "convert", "-f", image_format, "-O", "raw", path, raw])
     return raw.read_bytes()
-
-
-async def test_a_chain_gives_back_each_of_its_points_whole(target: Target, tmp_path: Path) -> None:
-    """Of each point after the first only what changed is written, as QEMU does: without opening the parent."""
-    size = 3 * MIB + 512
-    changes = [{0: b"\1" * CLUSTER, 2: bytes(CLUSTER)}, {47: b"\2" * CLUSTER, 48: b"\3" * 512}, {}]
-    points = await changed_chain(target, size, changes)
-    assert await target.snapshots() == [point for point, _ in points]
-    assert [point.disk("vda").parent for point, _ in points] == [None, *(point.id for point, _ in points[:-1])]
-    for number, (point, data) in enumerate(points):
-        out = tmp_path / f"{number}.raw"
-        expected = await target.extract(point, "vda", to=out, image_format="raw")
-        assert out.read_bytes() == data
-        assert problem(expected, data) == ""
-
-
-@pytest.mark.parametrize(
-    "damaged",
-    [
-        lambda data: data[:-1],
-        lambda data: data + b"\0",
-        lambda _data: b"",
-        lambda data: data[:-1] + bytes([data[-1] ^ 1]),
-        lambda data: bytes([data[0] ^ 1]) + data[1:],
-    ],
-    ids=["short", "long", "empty", "last bit", "first bit"],
-)
-async def test_content_that_is_not_right_is_told(
-    target: Target, tmp_path: Path, damaged: Callable[[bytes], bytes]
-) -> None:
-    for point, data in await changed_chain(target, 3 * MIB, [{0: b"\1" * CLUSTER}]):
-        out = tmp_path / point.kind
-        expected = await target.extract(point, "vda", to=out, image_format="raw")
-        assert problem(expected, damaged(data)) != ""
-
-
-def problem(expected: Content, data: bytes) -> str:
-    """What is wrong with a disk that holds `data`."""
-    for at in range(0, len(data), 1000_003):
-        expected.update(memoryview(data)[at : at + 1000_003])
-    return expected.problem()
 
 
 async def test_the_hash_is_of_the_content_or_of_the_image_that_builds_on_another(
@@ -313,100 +229,6 @@ async def test_what_is_read_is_not_removed_meanwhile(
         await target.remove(one)
 
 
-async def read_by_nbd(uri: str, to: Path) -> bytes:
-    finished = await aio.run_process(["nbdcopy", uri, str(to)])
-    assert finished.returncode == 0, finished
-    return await asyncio.to_thread(to.read_bytes)
-
-
-@pytest.fixture
-def sockets(tmp_path: Path) -> Path:
-    (tmp_path / "sockets").mkdir(mode=0o700)
-    return tmp_path / "sockets"
-
-
-async def test_disks_are_exported(target: Target, tmp_path: Path, sockets: Path) -> None:
-    names = {"tiny": 512, "odd": MIB + 512, 'with "quotes", and ?': 3 * MIB}
-    made = await snapshot(target, *(disk(name, size) for name, size in list(names.items())[:2]))
-    async with target.exported(made, list(names)[:2], sockets) as uris:
-        assert list(uris) == ["tiny", "odd"]
-        for number, (name, uri) in enumerate(uris.items()):
-            assert await read_by_nbd(uri, tmp_path / name) == content(names[name], number)
-            about = json.loads((await aio.run_process(["nbdinfo", "--json", uri])).stdout)["exports"][0]
-            assert (about["export-name"], about["export-size"], about["is_read_only"]) == (name, names[name], True)
-        modes = {stat.filemode(path.stat().st_mode) for path in sockets.iterdir()}
-        assert modes == {"srw-------"}
-    assert seen(sockets) == set()
-    for uri in uris.values():
-        assert (await aio.run_process(["nbdinfo", uri])).returncode != 0
-
-
-async def test_what_is_exported_is_not_removed_meanwhile(target: Target, tmp_path: Path, sockets: Path) -> None:
-    """Each point of a chain, to several readers, and again."""
-    points = await changed_chain(target, MIB, [{1: b"\1" * CLUSTER}, {2: b"\2" * CLUSTER}])
-    for point, data in points:
-        async with target.exported(point, ["vda"], sockets) as uris:
-            reading = [read_by_nbd(uris["vda"], tmp_path / f"out{number}") for number in range(3)]
-            assert await asyncio.gather(*reading) == [data] * 3
-            for one, _ in points:
-                if one.created <= point.created:
-                    assert (await refused(target.remove(one))).code == "needed"
-    for point, _ in reversed(points):
-        await target.remove(point)
-
-
-async def test_an_export_ends_with_its_block_however_that_ends(target: Target, sockets: Path) -> None:
-    made = await snapshot(target, disk("vda"), disk("vdb"))
-    serving = asyncio.Event()
-    known: list[str] = []
-
-    async def serve() -> None:
-        async with target.exported(made, ["vda", "vdb"], sockets) as uris:
-            known.extend(uris.values())
-            serving.set()
-            await asyncio.Event().wait()
-
-    for stage in range(12):
-        serving.clear()
-        task = asyncio.create_task(serve())
-        if stage:
-            await asyncio.sleep(0.002 * stage * stage)
-        else:
-            await serving.wait()
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert seen(sockets) == set()
-    for uri in known:
-        assert (await aio.run_process(["nbdinfo", uri])).returncode != 0
-    await target.remove(made)
-
-
-async def test_what_is_gone_cannot_be_exported_nor_verified(target: Target, sockets: Path) -> None:
-    made = await snapshot(target)
-    with pytest.raises(TargetError, match="has no disk 'vdz'"):
-        async with target.exported(made, ["vdz"], sockets):
-            pass
-    await target.remove(made)
-    with pytest.raises(TargetError) as gone:
-        async with target.exported(made, ["vda"], sockets):
-            pass
-    assert gone.value.code == "no-snapshot"
-    assert (await refused(target.verify(made, share=1.0))).code == "no-snapshot"
-    assert seen(sockets) == set()
-
-
-async def test_what_is_right_is_verified(target: Target) -> None:
-    sizes = {"vda": MIB, "vdb": 3 * MIB, "vdc": 512}
-    made = await snapshot(target, *(disk(name, size) for name, size in sizes.items()))
-    found = await target.verify(made, share=1.0)
-    assert found.problems == ()
-    assert found.checked_bytes == found.total_bytes > 0
-    some = await target.verify(made, share=0.01)
-    assert some.problems == ()
-    assert 0 < some.checked_bytes < some.total_bytes == found.total_bytes
-
-
 async def test_what_is_gone_cannot_be_extracted(target: Target, root: Path, tmp_path: Path) -> None:
     first, second = await chain(target, 2)
     await target.remove(second)
@@ -434,35 +256,6 @@ async def test_a_chain_can_be_moved(tmp_path: Path) -> None:
     out = tmp_path / "out"
     await ImagesTarget("main", tmp_path / "there").extract(second, "vda", to=out, image_format="raw")
     assert out.read_bytes() == content(MIB, 0)
-
-
-async def test_what_is_removed_is_gone_and_removing_it_again_does_nothing(target: Target, root: Path) -> None:
-    kept, going = await snapshot(target), await snapshot(target, started=STARTED + timedelta(hours=1))
-    there = seen(root)
-    for _ in range(2):
-        await target.remove(going)
-        assert await target.snapshots() == [kept]
-        assert seen(root) == {path for path in there if not path.startswith(going.id)}
-    await target.remove(kept)
-    assert await target.snapshots() == []
-    assert seen(root) == {"web01"}
-    assert open_files(root) == set()
-    await target.remove(replace(going, id="db01/20261122T023000Z", vm="db01"))  # there never was such a VM
-
-
-async def test_what_others_build_on_is_not_removed(target: Target, tmp_path: Path) -> None:
-    first, second, third = await chain(target, 3)
-    for one, needed_by in ((first, second), (second, third)):
-        error = await refused(target.remove(one))
-        assert error.code == "needed"
-        assert f"{one.id} is needed by {needed_by.id}" in error.message
-        assert await target.snapshots() == [first, second, third]
-    await target.remove(third)
-    await target.extract(second, "vda", to=tmp_path / "out", image_format="raw")
-    assert (tmp_path / "out").read_bytes() == content(MIB, 0)
-    await target.remove(second)
-    await target.remove(first)
-    assert await target.snapshots() == []
 
 
 async def test_each_disk_keeps_what_it_builds_on(target: Target) -> None:
@@ -496,88 +289,6 @@ async def test_what_a_draft_builds_on_is_not_removed_while_it_lasts(target: Targ
     assert await target.snapshots() == [first]
 
 
-async def test_a_writer_in_another_process_keeps_what_it_builds_on_until_it_dies(
-    target: Target, root: Path
-) -> None:
-    (first,) = await chain(target, 1)
-    process = await writer(root, "web01", parent=first.id)
-    assert (await refused(target.remove(first))).code == "needed"
-    assert len(partials(root)) == 1
-    process.kill()
-    await process.wait()
-    await target.remove(first)
-    assert seen(root) == {"web01"}  # what the dead writer left is removed, too
-
-
-async def test_what_is_gone_cannot_be_built_on(target: Target, root: Path) -> None:
-    gone = await snapshot(target)
-    await target.remove(gone)
-    draft = await target.begin("web01", STARTED)
-    error = await refused(draft.add_disk(disk(), compressible=True, parent=gone.id))
-    assert (type(error), error.code) == (ParentUnusable, "parent-unusable")
-    assert gone.id in error.message
-    await draft.abort()
-    assert seen(root) == set()
-    assert open_files(root) == set()
-
-
-async def test_what_is_protected_is_not_removed(target: Target, root: Path) -> None:
-    made = await snapshot(target)
-    there = seen(root)
-    for _ in range(2):
-        assert not made.protected
-        protected = await target.protect(made, protected=True)
-        assert protected == replace(made, protected=True)
-        assert await target.snapshots() == [protected] == await ImagesTarget("main", root).snapshots()
-        for known in (made, protected):  # whatever the caller knows of it
-            error = await refused(target.remove(known))
-            assert error.code == "protected"
-            assert f"snapshot protect {made.id} --off" in error.hint
-    for _ in range(2):
-        assert await target.protect(protected, protected=False) == made
-        assert await target.snapshots() == [made]
-    assert seen(root) == there
-    await target.remove(protected)
-    for wanted in (True, False):
-        assert (await refused(target.protect(made, protected=wanted))).code == "no-snapshot"
-    assert seen(root) == {"web01"}
-
-
-async def test_what_a_draft_builds_on_can_be_protected(target: Target) -> None:
-    first = await snapshot(target)
-    draft = await based_on(target, first)
-    await target.protect(first, protected=True)
-    await draft.commit(DETAILS)
-    assert [one.protected for one in await target.snapshots()] == [True, False]
-
-
-async def test_what_is_done_to_one_snapshot_at_the_same_time_has_one_outcome(target: Target, root: Path) -> None:
-    """Removed by two, protected and built on: if one of the latter succeeded, it is there."""
-    for _ in range(10):
-        made = await snapshot(target)
-        draft = await target.begin("web01", STARTED + timedelta(hours=1))
-        *removed, protected, built = await asyncio.gather(
-            target.remove(made),
-            ImagesTarget("main", root).remove(made),
-            target.protect(made, protected=True),
-            draft.add_disk(disk(), compressible=True, parent=made.id),
-            return_exceptions=True,
-        )
-        outcomes = [outcome.code for outcome in removed if isinstance(outcome, TargetError)]
-        if made.id in {one.id for one in await target.snapshots()}:
-            assert len(outcomes) == 2, removed
-            assert {*outcomes} <= {"protected", "needed"}
-        else:
-            assert outcomes == []
-            for outcome, code in ((protected, "no-snapshot"), (built, "parent-unusable")):
-                assert isinstance(outcome, TargetError)
-                assert outcome.code == code
-        await draft.abort()
-        if outcomes:
-            await target.remove(await target.protect(made, protected=False))
-        assert await target.snapshots() == []
-
-
 @pytest.mark.parametrize("step", ["remove", "protect"])
 async def test_cancelled_it_is_finished(
     target: Target, root: Path, monkeypatch: pytest.MonkeyPatch, step: str
@@ -597,57 +308,9 @@ async def test_cancelled_it_is_finished(
     assert open_files(root) == set()
 
 
-async def test_disks_are_listed_in_the_order_in_which_they_were_added(target: Target) -> None:
-    draft = await target.begin("web01", STARTED)
-    disks = [disk("vdb"), disk("vda"), disk("sdc")]
-    sinks = [await draft.add_disk(one, compressible=True) for one in disks]
-    for one, sink in reversed(list(zip(disks, sinks, strict=True))):  # the last one is copied first
-        await write(sink, MIB, content(MIB))
-        await draft.seal(one)
-    committed = await draft.commit(DETAILS)
-    assert [one.disk for one in committed.disks] == ["vdb", "vda", "sdc"]
-    assert await target.snapshots() == [committed]
-
-
-async def test_commit_again_says_the_same_and_abort_after_it_removes_nothing(target: Target, root: Path) -> None:
-    draft = await filled(target)
-    committed = await draft.commit(DETAILS)
-    there = seen(root)
-    assert await draft.commit(DETAILS) == committed
-    await draft.abort()
-    assert seen(root) == there
-    assert await target.snapshots() == [committed]
-
-
-@pytest.mark.parametrize("steps", range(4))
-async def test_abort_leaves_nothing_however_far_it_was(target: Target, root: Path, steps: int) -> None:
-    draft = await target.begin("web01", STARTED)
-    if steps >= 1:
-        sink = await draft.add_disk(disk(), compressible=True)
-    if steps >= 2:
-        await write(sink, MIB, content(MIB))
-    if steps >= 3:
-        await draft.seal(disk())
-    descriptors = open_files(root)
-    await draft.abort()
-    await draft.abort()
-    assert await target.snapshots() == []
-    assert seen(root) == set()
-    assert open_files(root) == set() != descriptors
-
-
 def open_files(root: Path) -> set[str]:
     links = {str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
     return {link for link in links if link.startswith(str(root))}
-
-
-async def test_abort_leaves_what_is_not_the_drafts(target: Target, root: Path) -> None:
-    kept = await snapshot(target)
-    there = seen(root)
-    draft = await filled(target, started=STARTED + timedelta(hours=1))
-    await draft.abort()
-    assert seen(root) == there
-    assert await target.snapshots() == [kept]
 
 
 class SlowDisk:
@@ -701,92 +364,8 @@ async def test_cancelling_a_step_waits_for_the_disk_and_leaves_what_abort_remove
     assert open_files(root) == set()
 
 
-async def test_two_drafts_in_one_second_do_not_meet(target: Target) -> None:
-    first = await filled(target)
-    second = await filled(target)
-    assert first.snapshot_id != second.snapshot_id
-    both = [await second.commit(DETAILS), await first.commit(DETAILS)]
-    third = await snapshot(target)
-    assert len({one.created for one in (*both, third)}) == 3
-    assert await target.snapshots() == sorted([*both, third], key=lambda one: one.created)
-
-
-async def test_snapshots_are_listed_by_vm_and_then_oldest_first(target: Target) -> None:
-    later = STARTED + timedelta(days=400)
-    for vm, started in (("web01", later), ("db01", later), ("web01", STARTED)):
-        await snapshot(target, vm=vm, started=started)
-    listed = [(one.vm, one.created.year) for one in await target.snapshots()]
-    assert listed == [("db01", 2027), ("web01", 2026), ("web01", 2027)]
-    assert [one.vm for one in await target.snapshots("db01")] == ["db01"]
-    for nobody in ("web", "", "*", "web*", "..", "/", "web01/", "a\0b"):
-        assert await target.snapshots(nobody) == []
-    assert find(await target.snapshots(), "web01@latest").created.year == 2027
-
-
-async def test_a_disk_that_was_not_backed_up_is_not_found(target: Target, tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match="has no disk 'vdz'"):
-        await target.extract(await snapshot(target), "vdz", to=tmp_path / "x", image_format="raw")
-    assert not (tmp_path / "x").exists()
-
-
-async def test_a_disk_cannot_be_added_twice(target: Target) -> None:
-    draft = await filled(target)
-    with pytest.raises(TargetError):
-        await draft.add_disk(disk(), compressible=True)
-    await draft.abort()
-
-
-async def test_what_a_dead_process_left_is_removed_by_the_next_draft(target: Target, root: Path) -> None:
-    """A writer that was killed in the middle, and one in another process that still lives."""
-    dead, alive = await writer(root, "web01"), await writer(root, "web01")
-    other_vm = await writer(root, "db01")
-    for one in (dead, other_vm):
-        one.kill()
-        await one.wait()
-    assert len(partials(root)) == 3
-    draft = await target.begin("web01", STARTED)
-    assert await target.snapshots() == []
-    assert len(partials(root / "web01")) == 2  # the live one's, and ours
-    await draft.abort()
-    assert len(partials(root)) == 2
-    alive.kill()
-    await alive.wait()
-    for vm in ("web01", "db01"):
-        await (await target.begin(vm, STARTED)).abort()
-    assert seen(root) == set()
-
-
 def partials(root: Path) -> list[Path]:
     return list(root.rglob("*.partial"))
-
-
-async def writer(root: Path, vm: str, *, parent: str | None = None) -> asyncio.subprocess.Process:
-    """Another process with a draft of which one disk is sealed."""
-    arguments = f"{str(root)!r}, {vm!r}, {parent!r}"
-    code = f"import asyncio, test_target as suite; asyncio.run(suite.write_and_wait({arguments}))"
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", code),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        env=import_suite(),
-    )
-    assert process.stdout is not None
-    assert await asyncio.wait_for(process.stdout.readline(), 20) == b"ready\n"
-    return process
-
-
-async def write_and_wait(root: str, vm: str, parent: str | None) -> None:
-    target = ImagesTarget("main", Path(root))
-    draft = await filled(target, vm=vm, started=STARTED + timedelta(hours=1))
-    if parent is not None:
-        await draft.add_disk(disk("vdz"), compressible=True, parent=parent)
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
-    await asyncio.sleep(600)
-    await draft.abort()
-
-
-# --- the images target in particular ---
 
 
 @pytest.fixture
@@ -1029,19 +608,6 @@ async def test_compression_makes_it_smaller_where_qemu_writes_each_cluster_once(
         await draft.abort()
     assert stored[Compression.ZSTD, True] < 0.7 * stored[Compression.NONE, True]
     assert stored[Compression.ZSTD, False] == stored[Compression.NONE, True]
-
-
-@pytest.mark.parametrize(
-    "name", ["", ".", "..", ".hidden", "a/b", "../../etc/passwd", "/abs", "a b", "ä", "x" * 129]
-)
-async def test_a_disk_whose_id_is_no_file_name_is_refused(images: ImagesTarget, root: Path, name: str) -> None:
-    draft = await images.begin("web01", STARTED)
-    with pytest.raises(TargetError) as refused:
-        await draft.add_disk(disk(name), compressible=True)
-    assert refused.value.code == "disk-name"
-    assert repr(name) in refused.value.message
-    await draft.abort()
-    assert seen(root) == set()
 
 
 @pytest.mark.parametrize(

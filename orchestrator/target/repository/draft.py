@@ -1,7 +1,9 @@
 """A snapshot being written to a repository: a mover process of its own, and a connection to it for each disk."""
 
+import json
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,6 +16,7 @@ from orchestrator.target.base import Draft, NbdSink, ParentUnusable, Snapshot, S
 from orchestrator.target.extra_files import ExtraFile
 from orchestrator.target.mover.process import Mover
 from orchestrator.target.repository import listing
+from orchestrator.target.restic.snapshot import ResticSnapshot
 
 if TYPE_CHECKING:
     from orchestrator.target.repository.target import RepositoryTarget
@@ -36,18 +39,25 @@ class RepositoryDraft(Draft):
         self._parents: dict[str, bytes] = {}
         self._disks: list[str] = []
         self._sealed: dict[str, SnapshotDisk] = {}
-        self._committing = False
+        self._note: dict[str, Any] | None = None
         self._committed: Snapshot | None = None
 
     async def add_disk(self, disk: Disk, *, compressible: bool, parent: str | None = None) -> NbdSink:
         del compressible  # the mover does that, chunk by chunk
         check_disk_name(disk)
-        if parent is not None:
-            self._parents[disk.id] = await self._identity(parent)
+        if disk.id in self._disks:
+            raise TargetError(f"disk {disk.id} is in the draft of {self.snapshot_id} already")
+        identity = await self._identity(parent) if parent is not None else None
         ours, theirs = socket.socketpair()
+        try:
+            await self._mover.value.add(disk.id, disk.size_bytes, theirs, parent=identity)
+        except BaseException:
+            ours.close()
+            raise
         self._connections[disk.id] = ours
         self._disks.append(disk.id)
-        await self._mover.value.add(disk.id, disk.size_bytes, theirs, parent=self._parents.get(disk.id))
+        if identity is not None:
+            self._parents[disk.id] = identity
         return NbdSink(ours.fileno(), disk.id)
 
     async def _identity(self, snapshot: str) -> bytes:
@@ -83,29 +93,47 @@ class RepositoryDraft(Draft):
                 disks=tuple(self._sealed[disk] for disk in self._disks),
                 details=details,
             )
-            self._committing = True
-            identity = await self._mover.value.commit(
+            identity = await self._listed_as(snapshot, files)
+            await self._end()
+            self._committed = replace(snapshot, details=details | {listing.RESTIC_ID: identity.hex()})
+        return self._committed
+
+    async def _listed_as(self, snapshot: Snapshot, files: Sequence[ExtraFile]) -> bytes:
+        """Have it listed, unless it is since an earlier call whose answer was lost; returns its id."""
+        if not await self._found():
+            self._note = json.loads(json.dumps(listing.note(snapshot)))
+            await self._mover.value.commit(
                 self._vm,
                 self._created,
                 listing.vm_json(snapshot, files),
                 tags=listing.tags(snapshot),
                 parent=next(iter(self._parents.values()), None),
-                note=listing.note(snapshot),
+                note=self._note,
             )
-            details[listing.RESTIC_ID] = identity.hex()
-            self._committed = snapshot
-            await self._end()
-        return self._committed
+        (made,) = await self._found()
+        # Only now, since there is no other moment at which of two writers one at least sees the other's.
+        if len(await self._target.all_of(snapshot)) > 1:
+            await (await self._target.repository()).forget(made)
+            raise TargetError(
+                f"there is a snapshot {snapshot.id} already, of somebody else's run",
+                hint=f"if two VMs are called {self._vm}, on two hosts say, rename one",
+                code="snapshot-exists",
+            )
+        assert made.identity is not None  # noqa: S101  it was read
+        return made.identity
+
+    async def _found(self) -> list[ResticSnapshot]:
+        """What was listed of it. Its note tells it from others' of that name."""
+        if self._note is None:
+            return []
+        return [made for made, _ in await self._target.listed(self._vm) if made.note == self._note]
 
     async def abort(self) -> None:
-        if self._committed is not None:
-            return
-        await self._end()
-        if self._committing:  # the answer may be what was lost
-            for made, snapshot in await self._target.listed(self._vm):
-                if snapshot.id == self.snapshot_id:
-                    await (await self._target.repository()).forget(made)
-            self._committing = False
+        if self._committed is None:
+            await self._end()
+            for made in await self._found():
+                await (await self._target.repository()).forget(made)
+            self._target.give_up(self.snapshot_id)
 
     async def _end(self) -> None:
         while self._connections:

@@ -8,6 +8,7 @@ lists is freed by `restic prune` (`restic_tool`), beside which nobody of us work
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from orchestrator.target.extra_files import ExtraFile
 from orchestrator.target.mover.process import Mover
 from orchestrator.target.repository import contents, listing
 from orchestrator.target.repository.draft import RepositoryDraft
-from orchestrator.target.restic.errors import BackendError
+from orchestrator.target.restic.errors import BackendError, Damaged
 from orchestrator.target.restic.place import backend_at
 from orchestrator.target.restic.repository import Repository
 from orchestrator.target.restic.snapshot import ResticSnapshot
@@ -43,6 +44,9 @@ log = structlog.get_logger(__name__)
 
 SHORTEST_ID = 8
 """Digits of an id of restic's that say which snapshot is meant."""
+_WRONG = "content-wrong"
+_UNWRITABLE = ("target-unwritable", "target-full")
+"""Codes of a BackendError without which a lock could be written."""
 
 
 class RepositoryTarget(Target):
@@ -59,6 +63,7 @@ class RepositoryTarget(Target):
         self._opening = asyncio.Lock()
         self._repository: Repository | None = None
         self._read: dict[bytes, Snapshot | None] = {}
+        self._begun: set[str] = set()  # the names of drafts, and of what became of them
 
     async def repository(self) -> Repository:
         """The repository, opened when it is first needed. Raises TargetError."""
@@ -73,19 +78,31 @@ class RepositoryTarget(Target):
 
     async def begin(self, vm: str, started: datetime) -> RepositoryDraft:
         taken = {snapshot.id for snapshot in await self.snapshots(vm)}
+        repository = await self.repository()
+        mover = await aio.Kept.opened(Mover.started(self.place, repository.opened))
         created = started.astimezone(UTC).replace(microsecond=0)
-        while snapshot_id(vm, created) in taken:
+        while (name := snapshot_id(vm, created)) in taken | self._begun:
             created += timedelta(seconds=1)
-        password = await asyncio.to_thread(self._password)
-        mover = await aio.Kept.opened(Mover.started(self.place, password))
-        return RepositoryDraft(self, vm, snapshot_id(vm, created), created, mover)
+        self._begun.add(name)
+        return RepositoryDraft(self, vm, name, created, mover)
+
+    def give_up(self, name: str) -> None:
+        """A draft of that name is none any more."""
+        self._begun.discard(name)
 
     async def snapshots(self, vm: str | None = None) -> list[Snapshot]:
-        found = {snapshot.id: snapshot for _, snapshot in await self.listed(vm)}
+        found: dict[str, Snapshot] = {}
+        for _, snapshot in await self.listed(vm):
+            known = found.setdefault(snapshot.id, snapshot)
+            if snapshot.protected and not known.protected:
+                found[snapshot.id] = replace(known, protected=True)
         return sorted(found.values(), key=lambda one: (one.vm, one.created))
 
     async def listed(self, vm: str | None = None) -> list[tuple[ResticSnapshot, Snapshot]]:
-        """The snapshots of VMs, oldest first, each with restic's. One may be there twice, if restic copied it."""
+        """The snapshots of VMs, each with restic's: those with a note first, and each oldest first.
+
+        One may be there several times: where `restic rewrite` kept the old one, or who exchanged it died.
+        """
         repository = await self.repository()
         found = await repository.snapshots()
         for damage in found.damaged:  # one broken snapshot must not hide the others
@@ -156,19 +173,35 @@ class RepositoryTarget(Target):
 
     async def extra_files(self, snapshot: Snapshot) -> list[ExtraFile]:
         async with self._reading() as repository:
-            document = await _vm_json(repository, await self._made(snapshot)) or {}
-        return extra_files.decode(document.get(extra_files.NAME, []), snapshot=snapshot.id)
+            made = await self._made(snapshot)
+            with _damage_named(snapshot):
+                document = await _vm_json(repository, made) if _is_listed(snapshot) else None
+        return extra_files.decode((document or {}).get(extra_files.NAME, []), snapshot=snapshot.id)
 
     async def verify(self, snapshot: Snapshot, *, share: float) -> Verification:
-        async with self._contents(snapshot, [disk.disk for disk in snapshot.disks]) as (repository, found):
-            return await contents.verify(repository, found, share=share)
+        try:
+            async with self._contents(snapshot, [disk.disk for disk in snapshot.disks]) as (repository, found):
+                return await contents.verify(repository, found, share=share)
+        except TargetError as error:
+            if error.code != _WRONG:
+                raise
+            return Verification(0, sum(disk.size_bytes for disk in snapshot.disks), (error.message,))
+
+    async def leftovers(self) -> list[str]:
+        return []
+
+    async def clear(self) -> None:
+        await (await self.repository()).remove_stale_locks()
 
     async def remove(self, snapshot: Snapshot) -> None:
-        repository = await self.repository()
-        wanted = [(made, one) for made, one in await self.listed(snapshot.vm) if one.id == snapshot.id]
-        if any(one.protected for _, one in wanted):
+        wanted = await self.all_of(snapshot)
+        if any(listing.PROTECTED in made.tags for made in wanted):
             raise protected_error(snapshot)
-        for made, _ in wanted:
+        await aio.finish(self._forget(wanted))
+
+    async def _forget(self, wanted: Sequence[ResticSnapshot]) -> None:
+        repository = await self.repository()
+        for made in wanted:
             await repository.forget(made)
 
     async def merge(self, snapshot: Snapshot) -> None:
@@ -177,11 +210,18 @@ class RepositoryTarget(Target):
     async def protect(self, snapshot: Snapshot, *, protected: bool) -> Snapshot:
         repository = await self.repository()
         async with repository.lock():
-            made = await self._made(snapshot)
-            if (listing.PROTECTED in made.tags) is not protected:
-                others = [tag for tag in made.tags if tag != listing.PROTECTED]
-                made = await repository.replace(made, tags=[*others, listing.PROTECTED] if protected else others)
-        return next(one for one in await self.snapshots(snapshot.vm) if one.id == snapshot.id)
+            for made in await self.all_of(snapshot):
+                if (listing.PROTECTED in made.tags) is not protected:
+                    others = [tag for tag in made.tags if tag != listing.PROTECTED]
+                    await repository.replace(made, tags=[*others, listing.PROTECTED] if protected else others)
+            for one in await self.snapshots(snapshot.vm):
+                if one.id == snapshot.id:
+                    return one
+            raise gone(snapshot.id)
+
+    async def all_of(self, snapshot: Snapshot) -> list[ResticSnapshot]:
+        """All that restic has of a listed snapshot; see `listed`."""
+        return [made for made, one in await self.listed(snapshot.vm) if one.id == snapshot.id]
 
     async def _made(self, snapshot: Snapshot) -> ResticSnapshot:
         """What restic has of a snapshot. TargetError's code is "no-snapshot" if it is gone."""
@@ -189,7 +229,7 @@ class RepositoryTarget(Target):
         wanted = bytes.fromhex(snapshot.details[listing.RESTIC_ID])
         made = found.find(wanted)
         if made is None:
-            made = next((made for made, one in await self.listed(snapshot.vm) if one.id == snapshot.id), None)
+            made = next(iter(await self.all_of(snapshot)), None)
         if made is None:
             raise gone(snapshot.id)
         return made
@@ -201,16 +241,17 @@ class RepositoryTarget(Target):
         """The repository, and where the content of disks is, both for the block."""
         async with self._reading() as repository:
             made = await self._made(snapshot)
-            files = dict(await asyncio.to_thread(list, _files(repository, made.tree)))
+            with _damage_named(snapshot):
+                files = dict(await asyncio.to_thread(list, _files(repository, made.tree)))
             found = {}
             for disk in disks:
                 one = snapshot.disk(disk)  # raises what names those there are
-                content = files.get(listing.disk_file(disk), files.get(disk))
+                content = files.get(listing.disk_file(disk) if _is_listed(snapshot) else disk)
                 if content is None or content.size_bytes != one.size_bytes:
                     raise TargetError(
                         f"snapshot {snapshot.id} does not hold disk {disk} as it says",
                         hint="was it rewritten? `restic ls` says what is in it",
-                        code="content-wrong",
+                        code=_WRONG,
                     )
                 found[disk] = content
             yield repository, found
@@ -223,11 +264,26 @@ class RepositoryTarget(Target):
             try:
                 await holding.enter_async_context(repository.lock())
             except BackendError as error:
-                if error.code != BackendError.code:
+                if error.code not in _UNWRITABLE:
                     raise
                 log.warning("repository.unlocked", target=self.name, error=str(error))
             await repository.load_index()
             yield repository
+
+
+def _is_listed(snapshot: Snapshot) -> bool:
+    """Whether it is a VM's; else it was looked up, and what it calls its disks are the paths of files."""
+    return "/" in snapshot.id
+
+
+@contextlib.contextmanager
+def _damage_named(snapshot: Snapshot) -> Iterator[None]:
+    try:
+        yield
+    except Damaged as error:
+        raise TargetError(
+            f"snapshot {snapshot.id} cannot be read: {error.message}", hint=error.hint, code=_WRONG
+        ) from error
 
 
 async def _vm_json(repository: Repository, made: ResticSnapshot) -> dict[str, Any] | None:
