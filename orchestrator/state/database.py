@@ -72,6 +72,8 @@ class Database:
                     self.close()
 
     def _open(self) -> sqlite3.Connection:
+        with contextlib.suppress(OSError):  # SQLite says better what is wrong
+            self._path.touch(mode=0o600)  # whatever umask says: names of VMs and what befell them
         # Autocommit: transactions are begun by us.
         connection = sqlite3.connect(
             self._path, isolation_level=None, check_same_thread=False, timeout=BUSY_SECONDS
