@@ -39,12 +39,14 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: host-tools $(STAMP)
+bench: tools $(STAMP)
 	$(BIN)/python -m benchmarks.guest_impact
 	$(BIN)/python -m benchmarks.admission
 	$(BIN)/python -m benchmarks.windows
 	$(BIN)/python -m benchmarks.incremental
 	$(BIN)/python -m benchmarks.nbd
+	$(BIN)/python -m benchmarks.repository --gib 2
+	$(BIN)/python -m benchmarks.restore
 
 clean:
 	rm -rf $(VENV) .cache
