@@ -10,6 +10,7 @@ Source: qga/qapi-schema.json; docs/interop/qemu-ga.rst.
 
 import asyncio
 import contextlib
+import errno
 import json
 import secrets
 from collections.abc import AsyncIterator
@@ -134,7 +135,7 @@ async def connected(path: Path, *, vm: str) -> AsyncIterator[GuestAgent]:
         raise AgentError(
             f"VM {vm}: no guest agent at {path}: {error.strerror}",
             hint="check vm.NAME.agent, and that the VM runs and has such a port",
-            code=ABSENT,
+            code=ABSENT if error.errno in (errno.ENOENT, errno.ECONNREFUSED) else "agent-gone",
         ) from error
     try:
         agent = GuestAgent(vm, reader, writer)

@@ -191,6 +191,16 @@ async def test_killed_while_it_is_frozen_the_next_start_thaws_it(
     assert Journal(tmp_path).open() == []
 
 
+async def test_a_socket_that_cannot_be_reached_does_not_make_a_frozen_guest_forgotten(
+    path: Path, tmp_path: Path
+) -> None:
+    path.symlink_to(path)  # any error but that nobody is there: no rights, no descriptors left
+    journal = Journal(tmp_path)
+    left = journal.intend(Act.FREEZE, vm="web01", run="1", subject=str(path))
+    await quiesce.recover(journal, running=[])
+    assert journal.open() == [left]
+
+
 async def test_what_a_vm_that_is_gone_had_frozen_is_forgotten(path: Path, tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.intend(Act.FREEZE, vm="web01", run="1", subject=str(path))
