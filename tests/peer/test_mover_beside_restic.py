@@ -17,11 +17,13 @@ from orchestrator.aio import run_process
 from orchestrator.errors import TargetError
 from orchestrator.target.base import ParentUnusable
 from orchestrator.target.mover.session import Session
+from orchestrator.target.restic.access import Opened
 from orchestrator.target.restic.backend.directory import DirectoryBackend
 from orchestrator.target.restic.crypto import Cost
 from orchestrator.target.restic.errors import LockLost
 from orchestrator.target.restic.lock import Pace
 from orchestrator.target.restic.pack import CHUNK_BYTES
+from orchestrator.target.restic.place import backend_at
 from orchestrator.target.restic.repository import Repository
 from orchestrator.target.restic.snapshot import ResticSnapshot
 from orchestrator.target.restic.tree import FileContent
@@ -81,10 +83,14 @@ def snapshot_of(vm: str) -> ResticSnapshot:
     return ResticSnapshot(datetime.now(UTC), b"", vm, (f"/{vm}",), tags=("vmfleece",))
 
 
+async def opened(place: Path | str) -> Opened:
+    return (await Repository.open(backend_at(str(place)), PASSWORD)).opened
+
+
 async def full(root: Path, folder: Path, content: bytes) -> ResticSnapshot:
     source = folder / "source.raw"
     source.write_bytes(content)
-    async with Session.opened(DirectoryBackend(root), PASSWORD) as session:
+    async with Session.opened(DirectoryBackend(root), await opened(root)) as session:
         async with qemu(session, folder, len(content)) as uri:
             await tool("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", str(source), uri)
         assert (await session.seal("vda")).size_bytes == len(content)
@@ -96,7 +102,7 @@ async def test_a_full_copy_and_one_that_lies_over_it(root: Path, tmp_path: Path)
     first = await full(root, tmp_path, bytes(content))
     assert first.identity is not None
 
-    async with Session.opened(DirectoryBackend(root), PASSWORD) as session:
+    async with Session.opened(DirectoryBackend(root), await opened(root)) as session:
         parent = await session.parent_of("vda", first.identity)
         changes = [(MIB, 64 * 1024), (CHUNK_BYTES - 4096, 8192), (3 * CHUNK_BYTES, CHUNK_BYTES), (SIZE - 512, 512)]
         argv = ["qemu-io", "-f", "raw"]
@@ -129,7 +135,7 @@ async def test_the_same_disk_again_adds_next_to_nothing(root: Path, tmp_path: Pa
 
 
 async def test_a_copy_that_ends_in_the_middle_is_none(root: Path, tmp_path: Path) -> None:
-    async with Session.opened(DirectoryBackend(root), PASSWORD) as session:
+    async with Session.opened(DirectoryBackend(root), await opened(root)) as session:
         async with qemu(session, tmp_path, SIZE) as uri:
             await tool("qemu-io", "-f", "raw", "-c", f"write -q -P 1 0 {CHUNK_BYTES}", uri)
         with pytest.raises(TargetError, match="did not arrive whole: 5 of 6 chunks were not written"):
@@ -141,7 +147,7 @@ async def test_a_copy_that_ends_in_the_middle_is_none(root: Path, tmp_path: Path
 
 async def test_once_its_lock_is_lost_all_fails_and_qemu_is_told(root: Path, tmp_path: Path) -> None:
     pace = Pace(refresh_seconds=0.05)
-    async with Session.opened(DirectoryBackend(root), PASSWORD, pace=pace) as session:
+    async with Session.opened(DirectoryBackend(root), await opened(root), pace=pace) as session:
         async with qemu(session, tmp_path, SIZE) as uri:
             first = "write -q -P 1 0 4M"
             argv = ["qemu-io", "-f", "raw", "-c", first, "-c", "sleep 1500", "-c", "write -P 1 4M 512", uri]
@@ -168,7 +174,7 @@ async def test_what_restic_wrote_is_not_built_on(root: Path, tmp_path: Path) -> 
     (listed,) = json.loads(restic(root, "snapshots", "--json"))
     ours, theirs = socket.socketpair()
     with theirs:
-        async with Session.opened(DirectoryBackend(root), PASSWORD) as session:
+        async with Session.opened(DirectoryBackend(root), await opened(root)) as session:
             repository = session._repository
             listing = await repository.snapshots()
             assert listing.snapshots[0].identity == bytes.fromhex(listed["id"])
@@ -180,7 +186,7 @@ async def test_what_restic_wrote_is_not_built_on(root: Path, tmp_path: Path) -> 
 
 async def test_a_parent_that_is_gone_or_lacks_the_disk_is_named(root: Path, tmp_path: Path) -> None:
     first = await full(root, tmp_path, noise(512, 5))
-    async with Session.opened(DirectoryBackend(root), PASSWORD) as session:
+    async with Session.opened(DirectoryBackend(root), await opened(root)) as session:
         with pytest.raises(ParentUnusable, match="no snapshot abababab"):
             await session.parent_of("vda", b"\xab" * 32)
         with pytest.raises(ParentUnusable, match="has no disk vdb"):

@@ -15,13 +15,13 @@ from orchestrator.target.mover.process import Mover
 from orchestrator.target.restic import lock_file
 from orchestrator.target.restic.backend.base import File, Kind
 from orchestrator.target.restic.backend.directory import DirectoryBackend
-from orchestrator.target.restic.errors import BackendError, Damaged, NoRepository, RepositoryLocked, WrongPassword
+from orchestrator.target.restic.errors import BackendError, Damaged, NoRepository, RepositoryLocked
 from orchestrator.target.restic.lock_file import LockFile
 from orchestrator.target.restic.repository import Repository
 from orchestrator.units import KIB
 from tests.component.nbd_wire import Wire
 from tests.component.test_file_systems import mounted
-from tests.peer.test_mover_beside_restic import CHEAP, MIB, PASSWORD, SIZE, noise, restic
+from tests.peer.test_mover_beside_restic import CHEAP, MIB, PASSWORD, SIZE, noise, opened, restic
 from tests.peer.test_mover_process import back_up, root
 
 CONTENT = noise(SIZE, 1)
@@ -56,7 +56,7 @@ async def snapshot_content(root: Path, identity: bytes) -> bytes:
 
 
 async def parent_is_refused(root: Path, parent: bytes) -> str:
-    async with Mover.started(str(root), PASSWORD) as mover:
+    async with Mover.started(str(root), await opened(root)) as mover:
         ours, theirs = socket.socketpair()
         with ours, pytest.raises(ParentUnusable) as refused:
             await mover.add("vda", SIZE, theirs, parent=parent)
@@ -89,14 +89,14 @@ async def test_whatever_is_lost_the_next_full_copy_is_good(root: Path, tmp_path:
     assert restic(root, "dump", second.hex(), "/vda.raw") == CONTENT
 
 
-@pytest.mark.parametrize("kind", ["index", "keys", "config"])
+@pytest.mark.parametrize("kind", ["index", "config"])
 async def test_what_nothing_can_be_done_without_is_named(root: Path, tmp_path: Path, kind: str) -> None:
     await back_up(root, tmp_path, {"vda": CONTENT})
     path = files(root, kind)[0] if kind != "config" else root / "config"
-    good = path.read_bytes()
+    good, key = path.read_bytes(), await opened(root)
     flip(path)
     with pytest.raises(Damaged) as failed:
-        async with Mover.started(str(root), PASSWORD):
+        async with Mover.started(str(root), key):
             pytest.fail("it was started")
     assert str(path.relative_to(root)) in failed.value.message
     assert failed.value.code == "repository-damaged"
@@ -109,14 +109,9 @@ async def test_what_is_refused_leaves_the_repository_as_it_was(root: Path, tmp_p
     content = lock_file.seal(LockFile(datetime.now(UTC), True, "elsewhere", "root", 1), repository._key)
     file = File(Kind.LOCKS, hashlib.sha256(content).digest())
     DirectoryBackend(root).save(file, content)
-    cases = [
-        (root, PASSWORD, RepositoryLocked, 11),
-        (root, "staple", WrongPassword, 12),
-        (tmp_path / "nothing", PASSWORD, NoRepository, 10),
-    ]
-    for place, password, kind, exit_code in cases:
+    for place, kind, exit_code in ((root, RepositoryLocked, 11), (tmp_path / "nothing", NoRepository, 10)):
         with pytest.raises(kind) as failed:
-            async with Mover.started(str(place), password):
+            async with Mover.started(str(place), repository.opened):
                 pytest.fail("it was started")
         assert failed.value.exit_code == exit_code
     DirectoryBackend(root).remove(file)
@@ -155,7 +150,7 @@ async def test_a_full_disk_is_waited_for(tmp_path: Path, length: int) -> None:
         root = folder / "repository"
         await Repository.create(DirectoryBackend(root), PASSWORD, cost=CHEAP)
         (folder / "others").write_bytes(bytes(140 * MIB))
-        async with Mover.started(str(root), PASSWORD) as mover:
+        async with Mover.started(str(root), await opened(root)) as mover:
             ours, theirs = socket.socketpair()
             await mover.add("vda", len(content), theirs)
             wire = await Wire.begun(ours, "vda", structured=False)
@@ -179,7 +174,7 @@ async def test_on_a_disk_that_stays_full_nothing_is_listed(tmp_path: Path) -> No
         root = folder / "repository"
         await Repository.create(DirectoryBackend(root), PASSWORD, cost=CHEAP)
         (folder / "others").write_bytes(bytes(80 * MIB))
-        async with Mover.started(str(root), PASSWORD) as mover:
+        async with Mover.started(str(root), await opened(root)) as mover:
             ours, theirs = socket.socketpair()
             await mover.add("vda", len(content), theirs)
             wire = await Wire.begun(ours, "vda", structured=False)

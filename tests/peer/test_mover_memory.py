@@ -19,7 +19,7 @@ from orchestrator.target.restic.pack import CHUNK_BYTES
 from orchestrator.target.restic.repository import Repository
 from orchestrator.units import GIB, KIB, MIB
 from tests.component.nbd_wire import Wire
-from tests.peer.test_mover_beside_restic import CHEAP, PASSWORD
+from tests.peer.test_mover_beside_restic import CHEAP, PASSWORD, opened
 
 SIZE = 64 * GIB
 STRIDE = 43
@@ -85,7 +85,7 @@ async def test_a_large_disk_takes_no_more_than_a_small_one(tmp_path: Path, lengt
     await Repository.create(DirectoryBackend(root), PASSWORD, cost=CHEAP)
     requests = slightly_out_of_order(list(pieces(length)))
     try:
-        async with Mover.started(str(root), PASSWORD) as mover:
+        async with Mover.started(str(root), await opened(root)) as mover:
             ours, theirs = socket.socketpair()
             await mover.add("vda", SIZE, theirs)
             await write(await Wire.begun(ours, "vda", structured=False), requests, in_flight)

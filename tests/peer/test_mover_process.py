@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 from collections.abc import AsyncIterator
@@ -19,9 +20,9 @@ from orchestrator.target.base import ParentUnusable
 from orchestrator.target.mover import process
 from orchestrator.target.mover.process import Mover
 from orchestrator.target.restic.backend.directory import DirectoryBackend
-from orchestrator.target.restic.errors import BackendError, NoRepository, WrongPassword
+from orchestrator.target.restic.errors import BackendError, Damaged, NoRepository
 from orchestrator.target.restic.repository import Repository
-from tests.peer.test_mover_beside_restic import CHEAP, MIB, PASSWORD, SIZE, noise, restic, tool
+from tests.peer.test_mover_beside_restic import CHEAP, MIB, PASSWORD, SIZE, noise, opened, restic, tool
 
 SOON_SECONDS = 30.0
 SLOWLY = ["-c", "write -q -P 9 0 1M", "-c", "sleep 2500", "-c", "write -P 9 1M 1M"]
@@ -60,7 +61,7 @@ async def qemu(
 
 
 async def back_up(root: Path, folder: Path, disks: dict[str, bytes]) -> bytes:
-    async with asyncio.timeout(SOON_SECONDS), Mover.started(str(root), PASSWORD) as mover:
+    async with asyncio.timeout(SOON_SECONDS), Mover.started(str(root), await opened(root)) as mover:
 
         async def copy(disk: str, content: bytes) -> None:
             source = folder / f"{disk}.raw"
@@ -92,7 +93,7 @@ async def test_an_incremental_copy_and_its_progress(root: Path, tmp_path: Path) 
     seen: list[int] = []
 
     async with Mover.started(
-        str(root), PASSWORD, on_progress=lambda written: seen.append(written.get("vda", 0))
+        str(root), await opened(root), on_progress=lambda written: seen.append(written.get("vda", 0))
     ) as mover:
         async with qemu(mover, tmp_path, "vda", SIZE, parent=first) as uri:
             await tool("qemu-io", "-f", "raw", "-c", "write -q -P 9 1M 64k", "-c", "sleep 1500", uri)
@@ -106,21 +107,27 @@ async def test_an_incremental_copy_and_its_progress(root: Path, tmp_path: Path) 
     assert 65536 in seen
 
 
-@pytest.mark.parametrize(
-    ("place", "password", "kind"),
-    [("repository", "wrong", WrongPassword), ("nothing", PASSWORD, NoRepository)],
-)
-async def test_what_cannot_be_opened(root: Path, place: str, password: str, kind: type[TargetError]) -> None:
-    with pytest.raises(kind) as failed:
-        async with Mover.started(str(root.with_name(place)), password):
-            pass
-    assert "wrong" not in str(failed.value)
+async def test_one_that_is_not_there(root: Path) -> None:
+    with pytest.raises(NoRepository):
+        async with Mover.started(str(root.with_name("nothing")), await opened(root)):
+            pytest.fail("it was started")
+
+
+async def test_one_that_was_made_anew_is_not_taken_for_the_old_one(root: Path) -> None:
+    key = await opened(root)
+    shutil.rmtree(root)
+    await Repository.create(DirectoryBackend(root), PASSWORD, cost=CHEAP)
+    before = {path for path in root.rglob("*") if path.is_file()}
+    with pytest.raises(Damaged, match=r"config.*made anew"):
+        async with Mover.started(str(root), key):
+            pytest.fail("it was started")
+    assert {path for path in root.rglob("*") if path.is_file()} == before
 
 
 async def test_a_parent_that_is_gone(root: Path) -> None:
     ours, theirs = socket.socketpair()
     with ours:
-        async with Mover.started(str(root), PASSWORD) as mover:
+        async with Mover.started(str(root), await opened(root)) as mover:
             with pytest.raises(ParentUnusable) as failed:
                 await mover.add("vda", SIZE, theirs, parent=b"\xab" * 32)
     assert failed.value.code == "parent-unusable"
@@ -128,7 +135,7 @@ async def test_a_parent_that_is_gone(root: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 async def test_a_mover_that_dies_leaves_nothing_listed(root: Path, tmp_path: Path, number: signal.Signals) -> None:
-    async with asyncio.timeout(SOON_SECONDS), Mover.started(str(root), PASSWORD) as mover:
+    async with asyncio.timeout(SOON_SECONDS), Mover.started(str(root), await opened(root)) as mover:
         async with qemu(mover, tmp_path, "vda", SIZE) as uri:
             await tool("qemu-io", "-f", "raw", "-c", "write -q -P 9 0 8M", uri)
         os.kill(mover._process.pid, number)
@@ -144,7 +151,7 @@ async def test_a_mover_that_dies_leaves_nothing_listed(root: Path, tmp_path: Pat
 
 
 async def test_a_mover_whose_run_died_goes_away_and_gives_its_lock_back(root: Path, tmp_path: Path) -> None:
-    async with asyncio.timeout(SOON_SECONDS), Mover.started(str(root), PASSWORD) as mover:
+    async with asyncio.timeout(SOON_SECONDS), Mover.started(str(root), await opened(root)) as mover:
         async with qemu(mover, tmp_path, "vda", SIZE) as uri:
             await tool("qemu-io", "-f", "raw", "-c", "write -q -P 9 0 8M", uri)
         assert restic(root, "list", "locks", "-q") != b""
@@ -156,7 +163,7 @@ async def test_a_mover_whose_run_died_goes_away_and_gives_its_lock_back(root: Pa
 
 @pytest.mark.parametrize("stopped", [False, True])
 async def test_a_mover_that_is_killed_keeps_nobody_waiting(root: Path, tmp_path: Path, stopped: bool) -> None:
-    async with asyncio.timeout(SOON_SECONDS), Mover.started(str(root), PASSWORD) as mover:
+    async with asyncio.timeout(SOON_SECONDS), Mover.started(str(root), await opened(root)) as mover:
         async with qemu(mover, tmp_path, "vda", SIZE) as uri:
             writing = asyncio.create_task(run_process(["qemu-io", "-f", "raw", *SLOWLY, uri]))
             await asyncio.sleep(1)
@@ -179,7 +186,7 @@ async def test_a_mover_that_is_stopped_tells_no_trouble(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(process, "TELL_SECONDS", 0.2)
-    async with Mover.started(str(root), PASSWORD) as mover:
+    async with Mover.started(str(root), await opened(root)) as mover:
         async with qemu(mover, tmp_path, "vda", SIZE) as uri:
             await tool("qemu-io", "-f", "raw", "-c", "write -q -P 9 0 512", uri)
         assert await mover.trouble("vda") is None
@@ -189,7 +196,7 @@ async def test_a_mover_that_is_stopped_tells_no_trouble(
 
 
 async def test_a_full_target_is_the_trouble(root: Path, tmp_path: Path) -> None:
-    async with asyncio.timeout(SOON_SECONDS), Mover.started(str(root), PASSWORD) as mover:
+    async with asyncio.timeout(SOON_SECONDS), Mover.started(str(root), await opened(root)) as mover:
         resource.prlimit(mover._process.pid, resource.RLIMIT_FSIZE, (MIB, resource.RLIM_INFINITY))
         async with qemu(mover, tmp_path, "vda", 64 * MIB) as uri:
             source = tmp_path / "source.raw"
@@ -204,19 +211,21 @@ async def test_a_full_target_is_the_trouble(root: Path, tmp_path: Path) -> None:
     assert snapshots(root) == []
 
 
-async def test_unlocking_does_not_end_it_and_nobody_sees_its_password(root: Path, tmp_path: Path) -> None:
-    async with Mover.started(str(root), PASSWORD) as mover:
+async def test_unlocking_does_not_end_it_and_nobody_sees_its_key(root: Path, tmp_path: Path) -> None:
+    key = await opened(root)
+    async with Mover.started(str(root), key) as mover:
         os.kill(mover._process.pid, signal.SIGHUP)
         proc = Path(f"/proc/{mover._process.pid}")
         seen = (proc / "cmdline").read_bytes() + (proc / "environ").read_bytes()
-        assert PASSWORD.encode() not in seen
+        for secret in (PASSWORD, *(part.hex() for part in (key.key.encrypt, key.key.mac_k, key.key.mac_r))):
+            assert secret.encode() not in seen
         async with qemu(mover, tmp_path, "vda", 512) as uri:
             await tool("qemu-io", "-f", "raw", "-c", "write -q -P 9 0 512", uri)
         assert (await mover.seal("vda")).size_bytes == 512
 
 
 async def test_restic_does_not_prune_beside_it(root: Path) -> None:
-    async with Mover.started(str(root), PASSWORD):
+    async with Mover.started(str(root), await opened(root)):
         argv = ["restic", "--no-cache", "-r", str(root), "prune"]
         environment = ["env", f"RESTIC_PASSWORD={PASSWORD}"]
         done = await run_process([*environment, *argv])

@@ -15,7 +15,7 @@ from orchestrator.target.mover.process import Mover
 from orchestrator.target.restic.errors import Unreachable
 from orchestrator.target.restic.place import backend_at, restic_name
 from orchestrator.target.restic.repository import Repository
-from tests.peer.test_mover_beside_restic import CHEAP, MIB, PASSWORD, SIZE, noise, restic, tool
+from tests.peer.test_mover_beside_restic import CHEAP, MIB, PASSWORD, SIZE, noise, opened, restic, tool
 from tests.peer.test_mover_process import qemu
 from tests.peer.test_restic_repository import make_bucket
 
@@ -52,7 +52,7 @@ async def write(mover: Mover, folder: Path, content: bytes) -> None:
 
 async def test_restic_reads_what_it_wrote_to_a_bucket(place: str, tmp_path: Path) -> None:
     content = noise(SIZE, 1)
-    async with Mover.started(place, PASSWORD) as mover:
+    async with Mover.started(place, await opened(place)) as mover:
         await write(mover, tmp_path, content)
         await mover.seal("vda")
         snapshot = await mover.commit("web01", datetime.now(UTC), b"{}", tags=[], note={"run": "1"})
@@ -63,7 +63,7 @@ async def test_restic_reads_what_it_wrote_to_a_bucket(place: str, tmp_path: Path
 async def test_a_server_that_vanishes_is_told_in_time_and_nothing_is_told_of_keys(
     server: ThreadedMotoServer, place: str, tmp_path: Path
 ) -> None:
-    async with Mover.started(place, PASSWORD, patience=SHORT) as mover:
+    async with Mover.started(place, await opened(place), patience=SHORT) as mover:
         await asyncio.to_thread(server.stop)
         began = time.monotonic()
         with pytest.raises(AssertionError, match="Input/output error"):
@@ -77,17 +77,19 @@ async def test_a_server_that_vanishes_is_told_in_time_and_nothing_is_told_of_key
 
 
 async def test_one_that_is_not_there_from_the_beginning(server: ThreadedMotoServer, place: str) -> None:
+    key = await opened(place)
     await asyncio.to_thread(server.stop)
     began = time.monotonic()
     with pytest.raises(Unreachable):
-        async with Mover.started(place, PASSWORD, patience=SHORT):
+        async with Mover.started(place, key, patience=SHORT):
             pytest.fail("it was started")
     assert time.monotonic() - began < 30
 
 
 async def test_keys_that_are_missing_are_told_by_the_worker(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = await opened(place)
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(TargetError, match="AWS_SECRET_ACCESS_KEY") as failed:
-        async with Mover.started(place, PASSWORD):
+        async with Mover.started(place, key):
             pytest.fail("it was started")
     assert failed.value.code == "target-keys"

@@ -8,7 +8,8 @@ from orchestrator.errors import NbdError, TargetError
 from orchestrator.target.base import ParentUnusable
 from orchestrator.target.mover import messages
 from orchestrator.target.mover.messages import Lines
-from orchestrator.target.restic import errors
+from orchestrator.target.restic import config, crypto, errors
+from orchestrator.target.restic.access import Opened
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, TargetError)]
 
@@ -25,6 +26,14 @@ def test_what_the_run_does_not_know_is_an_error_of_the_target() -> None:
         told = messages.to_error(messages.of_error(error))
         assert (type(told), told.code) == (TargetError, code)
     assert "KeyError: 'vda'" in str(told)
+
+
+def test_what_opens_a_repository_is_the_same_on_the_other_side() -> None:
+    opened = Opened(crypto.generate(), config.generate(), b"k" * 32)
+    told = messages.to_opened(json.loads(json.dumps(messages.of_opened(opened))))
+    assert (told.config, told.key_file) == (opened.config, opened.key_file)
+    for part in ("encrypt", "mac_k", "mac_r"):
+        assert getattr(told.key, part) == getattr(opened.key, part)
 
 
 def test_lines_come_in_any_pieces() -> None:

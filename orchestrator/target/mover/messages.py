@@ -2,7 +2,7 @@
 
 Requests have a number, and so do their answers.
 
-    → {"number": 1, "ask": "open", "place": "/srv/backup", "password": "…", …}
+    → {"number": 1, "ask": "open", "place": "/srv/backup", "opened": {…}, …}
     ← {"number": 1, "value": null}
     ← {"progress": {"vda": 4194304}}
     ← {"lost": {"kind": "LockLost", …}}
@@ -19,6 +19,9 @@ from typing import Any
 from orchestrator.errors import TargetError, VmfleeceError
 from orchestrator.target.base import ParentUnusable
 from orchestrator.target.restic import errors
+from orchestrator.target.restic.access import Opened
+from orchestrator.target.restic.config import RepositoryConfig
+from orchestrator.target.restic.crypto import Key
 
 Message = dict[str, Any]
 _KINDS = {
@@ -78,3 +81,24 @@ def to_error(message: Message) -> TargetError:
     error = kind.__new__(kind)
     TargetError.__init__(error, message["message"], hint=message["hint"], code=message["code"])
     return error
+
+
+def of_opened(opened: Opened) -> Message:
+    """What opens a repository as a message: a secret."""
+    key, config = opened.key, opened.config
+    return {
+        "encrypt": key.encrypt.hex(),
+        "mac_k": key.mac_k.hex(),
+        "mac_r": key.mac_r.hex(),
+        "version": config.version,
+        "id": config.identity.hex(),
+        "polynomial": config.polynomial,
+        "key_file": opened.key_file.hex(),
+    }
+
+
+def to_opened(message: Message) -> Opened:
+    """What a message says of a repository."""
+    encrypt, mac_k, mac_r = (bytes.fromhex(message[name]) for name in ("encrypt", "mac_k", "mac_r"))
+    config = RepositoryConfig(message["version"], bytes.fromhex(message["id"]), message["polynomial"])
+    return Opened(Key(encrypt=encrypt, mac_k=mac_k, mac_r=mac_r), config, bytes.fromhex(message["key_file"]))

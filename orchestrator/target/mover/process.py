@@ -1,13 +1,13 @@
 """The run's side: starts the worker process, and asks it.
 
-    async with Mover.started(place, password) as mover:
+    async with Mover.started(place, repository.opened) as mover:
         await mover.add("vda", size_bytes, theirs, parent=…)   `theirs`: the other end of QEMU's socket
         await mover.seal("vda")
         snapshot = await mover.commit(…)
 
-The password goes over the socket that only the two have. When the block ends, so does the process, and nothing is
-listed unless `commit` returned. Errors are those that the repository raises, ParentUnusable, and "mover-died"
-(TargetError).
+The repository's key goes over the socket that only the two have. When the block ends, so does the process, and
+nothing is listed unless `commit` returned. Errors are those that the repository raises, ParentUnusable, and
+"mover-died" (TargetError).
 """
 
 import asyncio
@@ -24,6 +24,7 @@ from orchestrator import aio
 from orchestrator.errors import TargetError, VmfleeceError
 from orchestrator.target.mover import messages
 from orchestrator.target.mover.messages import Lines, Message, Sealed
+from orchestrator.target.restic.access import Opened
 from orchestrator.target.restic.backend.objects import PATIENCE
 
 RECEIVE_BYTES = 64 * 1024
@@ -58,12 +59,12 @@ class Mover:
     async def started(
         cls,
         place: str,
-        password: str,
+        opened: Opened,
         *,
         patience: timedelta = PATIENCE,
         on_progress: Callable[[Mapping[str, int]], None] = lambda _written: None,
     ) -> AsyncIterator["Mover"]:
-        """A process that has opened and locked the repository at `place`, for the block. Raises TargetError.
+        """A process that has locked the repository at `place`, for the block. Raises TargetError.
 
         `place` and `patience`: `backend_at`; the process inherits the environment. `on_progress` gets, each
         second, how many bytes QEMU has written of each disk.
@@ -87,7 +88,8 @@ class Mover:
             try:
                 async with aio.background(mover._listen()):
                     seconds = patience.total_seconds()
-                    await mover._ask("open", place=place, password=password, patience_seconds=seconds)
+                    told = messages.of_opened(opened)
+                    await mover._ask("open", place=place, opened=told, patience_seconds=seconds)
                     mover._telling = True
                     yield mover
             finally:

@@ -1,6 +1,6 @@
 """What a mover does between being started and being told to commit: a repository, and a sink for each disk.
 
-    async with Session.opened(backend, password) as session:
+    async with Session.opened(backend, opened) as session:
         session.add("vda", size_bytes, connected)   QEMU, at the other end of the socket, writes the disk
         sealed = await session.seal("vda")          once QEMU has closed it
         snapshot = await session.commit(…)          all of it is listed, or nothing is
@@ -27,6 +27,7 @@ from orchestrator.target.base import ParentUnusable
 from orchestrator.target.mover.messages import Sealed
 from orchestrator.target.mover.sink import BufferPool, DiskSink, IncompleteError
 from orchestrator.target.mover.store import RepositoryStore
+from orchestrator.target.restic.access import Opened
 from orchestrator.target.restic.backend.base import Backend
 from orchestrator.target.restic.errors import Damaged
 from orchestrator.target.restic.lock import Lock, Pace
@@ -65,10 +66,10 @@ class Session:
     @classmethod
     @contextlib.asynccontextmanager
     async def opened(
-        cls, backend: Backend, password: str, *, threads: int = THREADS, pace: Pace | None = None
+        cls, backend: Backend, opened: Opened, *, threads: int = THREADS, pace: Pace | None = None
     ) -> AsyncIterator["Session"]:
-        """Open and lock a repository for the block. Raises TargetError, as `Repository` says."""
-        repository = await Repository.open(backend, password)
+        """Lock a repository that was opened before, for the block. Raises TargetError, as `Repository` says."""
+        repository = await Repository.open_again(backend, opened)
         # A mover that was killed left its lock, and restic itself would let that stop it for ever.
         await repository.remove_stale_locks()
         async with repository.lock(pace=pace) as held:

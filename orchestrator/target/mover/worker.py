@@ -65,7 +65,7 @@ class Worker:
             return
         try:
             backend = backend_at(asked["place"], patience=timedelta(seconds=asked["patience_seconds"]))
-            async with Session.opened(backend, asked["password"]) as session:
+            async with Session.opened(backend, messages.to_opened(asked["opened"])) as session:
                 await self._send({"number": asked["number"], "value": None})
                 async with aio.background(self._tell_progress(session), self._tell_loss(session)):
                     await self._serve(inbox, session)

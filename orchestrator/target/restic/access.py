@@ -67,6 +67,19 @@ def open_with(backend: Backend, password: str) -> Opened:
     return Opened(key, config.open_sealed(stored, key), key_file)
 
 
+def check_same(backend: Backend, opened: Opened) -> None:
+    """Raise Damaged if the config is not what it was: a repository made anew has another key, too.
+
+    Raises NoRepository, BackendError.
+    """
+    try:
+        same = config.open_sealed(read_config(backend), opened.key) == opened.config
+    except Damaged:
+        same = False
+    if not same:
+        raise Damaged(config.FILE, "it is not that of the repository that was opened: was one made anew there?")
+
+
 def read_config(backend: Backend) -> bytes:
     """Return the file `config`. Raises NoRepository, BackendError."""
     try:

@@ -86,6 +86,17 @@ class Repository:
         """
         return cls(backend, await asyncio.to_thread(access.open_with, backend, password))
 
+    @classmethod
+    async def open_again(cls, backend: Backend, opened: Opened) -> "Repository":
+        """Open one that was opened before. Raises NoRepository, BackendError; Damaged if it was made anew."""
+        await asyncio.to_thread(access.check_same, backend, opened)
+        return cls(backend, opened)
+
+    @property
+    def opened(self) -> Opened:
+        """What opens it again without the password: as secret as that."""
+        return self._opened
+
     @property
     def identity(self) -> bytes:
         """What tells it from all others: 32 bytes."""
