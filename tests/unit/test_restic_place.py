@@ -1,10 +1,14 @@
 """Where a repository lies, by the environment; and that no secret is told."""
 
+import subprocess
+import sys
+
 import pytest
 
 from orchestrator.errors import TargetError
 from orchestrator.target.restic import place
 from orchestrator.target.restic.backend import objects
+from orchestrator.target.restic.backend.base import PATIENCE
 from orchestrator.target.restic.backend.directory import DirectoryBackend
 
 SECRETS = {
@@ -53,7 +57,7 @@ def test_what_the_environment_says_is_used(monkeypatch: pytest.MonkeyPatch) -> N
         "session_token": "token-token",
         "endpoint": "http://127.0.0.1:9000",
         "region": "eu-1",
-        "patience": objects.PATIENCE,
+        "patience": PATIENCE,
     }
     set_all(monkeypatch, AWS_REGION="eu-2", AWS_SESSION_TOKEN="", AWS_ENDPOINT_URL="")
     place.backend_at("s3://bucket")
@@ -100,3 +104,11 @@ def test_what_is_no_server(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
 def test_what_restic_calls_it(monkeypatch: pytest.MonkeyPatch, where: str, endpoint: str, name: str) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     assert place.restic_name(where) == name
+
+
+def test_what_buckets_need_is_not_loaded_for_a_folder() -> None:
+    code = (
+        "import sys; import orchestrator.target.mover.worker as worker; worker.backend_at('/srv/backup');"
+        " sys.exit('obstore' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

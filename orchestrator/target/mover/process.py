@@ -25,7 +25,7 @@ from orchestrator.errors import TargetError, VmfleeceError
 from orchestrator.target.mover import messages
 from orchestrator.target.mover.messages import Lines, Message, Sealed
 from orchestrator.target.restic.access import Opened
-from orchestrator.target.restic.backend.objects import PATIENCE
+from orchestrator.target.restic.backend.base import PATIENCE
 
 RECEIVE_BYTES = 64 * 1024
 END_SECONDS = 30.0

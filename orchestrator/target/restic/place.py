@@ -14,8 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from orchestrator.errors import TargetError
-from orchestrator.target.restic.backend import objects
-from orchestrator.target.restic.backend.base import Backend
+from orchestrator.target.restic.backend.base import PATIENCE, Backend
 from orchestrator.target.restic.backend.directory import DirectoryBackend
 
 _S3 = "s3://"
@@ -24,7 +23,7 @@ _ENDPOINT = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?/?|https?://\[[0-9
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 
-def backend_at(place: str, *, patience: timedelta = objects.PATIENCE) -> Backend:
+def backend_at(place: str, *, patience: timedelta = PATIENCE) -> Backend:
     """Return the place of a repository, without looking whether it is there.
 
     For as long as `patience` a server is asked again before it is Unreachable. TargetError's code is "target-keys"
@@ -40,6 +39,8 @@ def backend_at(place: str, *, patience: timedelta = objects.PATIENCE) -> Backend
             hint="set them in the environment of whoever runs vmfleece, the daemon's too",
             code="target-keys",
         )
+    from orchestrator.target.restic.backend import objects  # noqa: PLC0415  its library takes time to load
+
     access_key, secret_key = (os.environ[name] for name in _KEYS)
     return objects.s3(
         bucket,

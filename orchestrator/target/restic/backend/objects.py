@@ -14,7 +14,7 @@ import obstore
 from obstore import exceptions
 from obstore.store import S3Store
 
-from orchestrator.target.restic.backend.base import Backend, Content, File, Kind, Stored, file_of
+from orchestrator.target.restic.backend.base import PATIENCE, Backend, Content, File, Kind, Stored, file_of
 from orchestrator.target.restic.errors import BackendError, FileExists, FileMissing, Unreachable
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 _REQUEST_TIMEOUT = timedelta(minutes=5)
 """Of one request: a pack of 64 MiB at 250 KiB/s."""
-PATIENCE = timedelta(minutes=5)
 
 
 class ObjectsBackend(Backend):
