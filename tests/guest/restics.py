@@ -21,16 +21,33 @@ class Restic:
 
     def started(self, *arguments: str) -> "subprocess.Popen[bytes]":
         """A command under way, whose output can be read."""
-        environment = os.environ | {"RESTIC_PASSWORD": self.password}
-        command = [RESTICS[self.version], "--no-cache", "--repo", str(self.repository), *arguments]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            self._command(*arguments),
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
-    def run(self, *arguments: str, code: int = 0) -> bytes:
+    def run(self, *arguments: str, code: int = 0, stdin: bytes = b"", **environment: str) -> bytes:
         """Its output. It must exit with `code`."""
-        process = self.started(*arguments)
-        said, _ = process.communicate(timeout=300)
-        assert process.returncode == code, f"{arguments}: {process.returncode}: {said[-2000:].decode()}"
-        return said
+        done = subprocess.run(
+            self._command(*arguments),
+            env=self._environment | environment,
+            input=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == code, f"{arguments}: {done.returncode}: {done.stdout[-2000:].decode()}"
+        return done.stdout
+
+    def _command(self, *arguments: str) -> list[str]:
+        return [RESTICS[self.version], "--no-cache", "--repo", str(self.repository), *arguments]
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        return os.environ | {"RESTIC_PASSWORD": self.password}
 
     def snapshots(self, *arguments: str) -> list[dict[str, Any]]:
         """What it lists."""

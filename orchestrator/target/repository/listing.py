@@ -18,6 +18,8 @@ from orchestrator.target.restic.snapshot import ResticSnapshot
 VERSION = 1
 OURS = "vmfleece"
 PROTECTED = "protected"
+BESIDE = frozenset({"rewrite", "repaired"})
+"""restic tags with these what it made of a snapshot that it kept."""
 RESTIC_ID = "restic"
 """In the details of a listed snapshot: its id as restic has it, in hex."""
 

@@ -99,9 +99,10 @@ class RepositoryTarget(Target):
         return sorted(found.values(), key=lambda one: (one.vm, one.created))
 
     async def listed(self, vm: str | None = None) -> list[tuple[ResticSnapshot, Snapshot]]:
-        """The snapshots of VMs, each with restic's: those with a note first, and each oldest first.
+        """The snapshots of VMs, each with restic's.
 
-        One may be there several times: where `restic rewrite` kept the old one, or who exchanged it died.
+        One may be there several times: where `restic rewrite` kept the old one, or who exchanged it died. What is
+        known to be as it was made comes first, then what is not known to be less.
         """
         repository = await self.repository()
         found = await repository.snapshots()
@@ -110,6 +111,7 @@ class RepositoryTarget(Target):
         wanted = [made for made in found.snapshots if vm in (None, made.hostname)]
         noted = [(made, snapshot) for made in wanted if made.note and (snapshot := self._noted(made)) is not None]
         unknown = [made for made in wanted if not made.note and listing.may_be_ours(made)]
+        unknown.sort(key=lambda made: not listing.BESIDE.isdisjoint(made.tags))
         return noted + await self._look_into(repository, unknown) if unknown else noted
 
     def _noted(self, made: ResticSnapshot) -> Snapshot | None:
