@@ -24,10 +24,10 @@ $(STAMP): pyproject.toml | host-tools
 demo: host-tools $(STAMP)
 	$(BIN)/python -m benchmarks.demo
 
-# Style, types, layers; then the tests, side by side, but those on real QEMU with real guests one after the other.
+# Style, types, layers; then the tests, side by side; those on real QEMU with real guests two at a time.
 test: tools lint
 	$(BIN)/python -m pytest -n auto --dist worksteal tests/unit tests/component tests/peer
-	$(BIN)/python -m pytest tests/qemu
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/qemu
 
 # 240 backups under load, on all QEMUs, since what kills a guest may do so once in tens (half an hour on two cores).
 soak: tools $(STAMP)
