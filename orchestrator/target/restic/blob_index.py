@@ -56,7 +56,7 @@ class _Shard:
 
     def sort(self, records: bytes | bytearray) -> None:
         """Have these records, sorted. The same record twice is kept once."""
-        ordered = sorted(record for (record,) in _WHOLE.iter_unpack(records))
+        ordered = sorted([record for (record,) in _WHOLE.iter_unpack(records)])
         self._records = b"".join(dict.fromkeys(ordered))
         seconds = self._records[1::_RECORD_BYTES]
         starts = (bisect_left(seconds, second) * _RECORD_BYTES for second in range(257))

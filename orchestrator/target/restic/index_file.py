@@ -7,7 +7,7 @@ reading.
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, compress, islice, repeat
+from itertools import accumulate, chain, compress, repeat
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -101,11 +101,12 @@ def _table(packs: list[_Pack], *, file: str) -> Table:
     blobs = [blob for pack in packs for blob in pack.blobs or ()]
     counts = [len(pack.blobs or ()) for pack in packs]
     offsets, lengths = [blob.offset for blob in blobs], [blob.length for blob in blobs]
-    ends = map(operator.add, offsets, lengths)
+    ends = list(map(operator.add, offsets, lengths))
+    starts = accumulate(counts, initial=0)
     table = Table(
         packs=fields.identities([pack.id for pack in packs], "id", file=file),
         counts=counts,
-        ends=[max(islice(ends, count), default=0) for count in counts],
+        ends=[max(ends[at : at + count], default=0) for at, count in zip(starts, counts, strict=False)],
         identities=fields.identities([blob.id for blob in blobs], "id", file=file),
         trees=[blob.type == "tree" for blob in blobs],
         offsets=offsets,
