@@ -19,7 +19,7 @@ from orchestrator.errors import (
     EXIT_SOME_FAILED,
     ConfigError,
 )
-from orchestrator.model import Fleecing, FleecingPolicy, Progress, RunOptions, RunResult
+from orchestrator.model import Consistency, Fleecing, FleecingPolicy, Progress, RunOptions, RunResult
 from orchestrator.service import engine
 from orchestrator.units import parse_rate
 
@@ -28,6 +28,12 @@ async def backup(config: Config, arguments: argparse.Namespace) -> int:
     """Back up VMs now, side by side as far as admission allows."""
     vms = _chosen(config, arguments.vms)
     options = _options(config, arguments)
+    without = [vm for vm in vms if config.vm[vm].agent is None]
+    if options.consistency is Consistency.FREEZE and without:
+        raise ConfigError(
+            f"--consistency freeze needs a guest agent, and there is none of {', '.join(without)}",
+            hint="set vm.NAME.agent, or leave --consistency out",
+        )
     async with engine.opened(config) as opened:
 
         async def run_all(on_progress: Callable[[Progress], None]) -> list[RunResult]:
@@ -127,8 +133,13 @@ def _options(config: Config, arguments: argparse.Namespace) -> RunOptions:
         bwlimit = parse_rate(arguments.bwlimit) if arguments.bwlimit is not None else 0
     except ValueError as error:
         raise ConfigError(f"--bwlimit {arguments.bwlimit}: {error}") from error
-    target = _target(config, arguments.target)
-    return RunOptions(target, fleecing, bwlimit_bytes_per_second=bwlimit, full=arguments.full)
+    return RunOptions(
+        _target(config, arguments.target),
+        fleecing,
+        consistency=Consistency(arguments.consistency),
+        bwlimit_bytes_per_second=bwlimit,
+        full=arguments.full,
+    )
 
 
 def _target(config: Config, name: str | None) -> str:

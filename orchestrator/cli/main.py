@@ -19,6 +19,7 @@ from orchestrator import __version__, config, log
 from orchestrator.cli import backup, cleanup, daemon, export, prune, snapshot, status, target, verify, vm
 from orchestrator.cli import config as config_command
 from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, VmfleeceError
+from orchestrator.model import Consistency
 
 Command = Callable[[config.Config, argparse.Namespace], Coroutine[Any, Any, int]]
 
@@ -190,6 +191,12 @@ def _parser() -> argparse.ArgumentParser:
         "--fleecing", metavar="PROPERTIES", help="enabled=1,storage=S; enabled=0: directly to the target"
     )
     one.add_argument("--bwlimit", metavar="KIB", help="KiB/s at most, or a rate such as 50MiB; 0: no limit")
+    one.add_argument(
+        "--consistency",
+        choices=[one.value for one in Consistency],
+        default=Consistency.PAUSE,
+        help="freeze: have the guest agent freeze its file systems (default: pause)",
+    )
     one.add_argument("--full", action="store_true", help="copy everything, whatever is there already")
     one.add_argument("--detach", action="store_true", help="return at once (not available yet)")
 

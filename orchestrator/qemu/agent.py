@@ -21,7 +21,7 @@ from orchestrator import aio
 from orchestrator.errors import AgentError
 
 SYNC_SECONDS = 5.0
-FREEZE_SECONDS = 60.0
+FREEZE_SECONDS = 30.0
 """How long file systems may take to write out what they have; a database's hook script, too."""
 THAW_SECONDS = 30.0
 ABSENT = "agent-absent"

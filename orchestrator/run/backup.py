@@ -362,6 +362,8 @@ class _Run:
         self._facts.frozen_file_systems = 0 if freeze.problem else freeze.file_systems
         if freeze.problem:
             self._facts.warnings.append(f"the guest was not frozen for the snapshot: {freeze.problem}")
+        if freeze.unthawed:
+            self._facts.warnings.append(f"the guest may still be frozen: {freeze.unthawed}")
 
     async def _limit_coverage(self, monitor: Monitor) -> None:
         """Have guest writes copied only where an incremental backup reads; where QEMU was paused, they are."""

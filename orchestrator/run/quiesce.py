@@ -27,10 +27,14 @@ FROZEN_SECONDS = 10.0
 
 @dataclass(slots=True)
 class Freeze:
-    """How it went: `file_systems` were frozen from before the block to after it, if there is no `problem`."""
+    """How it went: `file_systems` were frozen from before the block to after it, if there is no `problem`.
+
+    `unthawed` is why they may still be, after the block; "" if they are not.
+    """
 
     file_systems: int = 0
     problem: str = ""
+    unthawed: str = ""
 
 
 @contextlib.asynccontextmanager
@@ -58,7 +62,7 @@ async def frozen(path: Path, journal: Journal, *, vm: str, run: str) -> AsyncIte
             async with aio.background(_thaw_in_time(guest, freeze)):
                 yield freeze
         finally:
-            await aio.finish(_thaw(guest, intent, journal))
+            freeze.unthawed = await aio.finish(_thaw(guest, intent, journal))
 
 
 async def _thaw_in_time(guest: GuestAgent, freeze: Freeze) -> None:
@@ -68,15 +72,16 @@ async def _thaw_in_time(guest: GuestAgent, freeze: Freeze) -> None:
         await aio.finish(guest.thaw())
 
 
-async def _thaw(guest: GuestAgent, intent: Intent, journal: Journal) -> None:
-    """Thaw it, and forget that it was frozen only if the agent says that it is thawed."""
+async def _thaw(guest: GuestAgent, intent: Intent, journal: Journal) -> str:
+    """Thaw it, and forget that it was frozen only if the agent says that it is thawed; else return why not."""
     try:
         await guest.thaw()
     except AgentError as error:
         log.warning("guest.unthawed", error=str(error))
-    else:
-        log.info("guest.thawed")
-        await asyncio.to_thread(journal.settled, intent)
+        return str(error)
+    log.info("guest.thawed")
+    await asyncio.to_thread(journal.settled, intent)
+    return ""
 
 
 async def recover(journal: Journal, *, running: Container[str]) -> None:

@@ -120,6 +120,7 @@ def test_version() -> None:
         (["backup", "web01", "--fleecing", "enabled=1,storage=ssd"], ("no storage 'ssd'", "there are: local")),
         (["backup", "web01", "--bwlimit", "fast"], ("--bwlimit fast", "50MiB")),
         (["backup", "web01", "--bwlimit", "-1"], ("--bwlimit -1",)),
+        (["backup", "web01", "--consistency", "freeze"], ("needs a guest agent", "there is none of web01")),
         (["backup", "web01", "--detach"], ("--detach: not available yet",)),
         (["job", "run", "weekly"], ("no job 'weekly'", "there are: nightly, manual")),
         (["vm", "show", "web02"], ("no VM 'web02'", "there are: web01, db01")),

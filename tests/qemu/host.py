@@ -43,10 +43,6 @@ quota = "{quota}"
 min_free = "{min_free}"
 [target.main]
 path = "{target}"
-[target.repo]
-driver = "restic"
-path = "{folder}/repository"
-password_file = "{folder}/password"
 [target.zstd]
 path = "{folder}/zstd"
 compress = "zstd"
@@ -58,11 +54,19 @@ exclude_disks = [{exclude}]
 {more}
 """
 
+REPOSITORY = """
+[target.repo]
+driver = "restic"
+path = "{folder}/repository"
+password_file = "{folder}/password"
+"""
+
 
 class Host:
     """Folders, configuration and commands of a host with one guest, VM, and maybe `others`, by name.
 
-    `connect` is how the product in this process reaches them; `priority` and `exclude` are VM's.
+    `connect` is how the product in this process reaches them; `priority` and `exclude` are VM's. `repository`:
+    there is a target `repo`, too.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class Host:
         state: str = "state",
         socket: Path | None = None,
         connect: Connect = qmp.connect,
+        repository: bool = False,
         more: str = "",
     ) -> None:
         self.folder = folder
@@ -91,6 +96,8 @@ class Host:
         self.config = folder / f"{state}.toml"
         folder.mkdir(parents=True, exist_ok=True)
         more += "".join(f'[vm.{name}]\nqmp = "{one.product_socket}"\n' for name, one in (others or {}).items())
+        if repository:
+            more += REPOSITORY.format(folder=folder)
         self.config.write_text(
             CONFIG.format(
                 folder=folder,

@@ -68,7 +68,7 @@ async def vm(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[GuestVm]
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def host(vm: GuestVm, tmp_path: Path) -> AsyncIterator[Host]:
-    made = Host(tmp_path, vm)
+    made = Host(tmp_path, vm, repository=True)
     await made.make_repository()
     yield made
     await drop_bitmaps(vm)
@@ -120,7 +120,7 @@ async def backed_up_under_writes(host: Host, jobs_may_start: asyncio.Event) -> t
 
 async def test_a_full_and_incrementals_under_constant_writes(of_each: GuestVm, tmp_path: Path) -> None:
     jobs_may_start = asyncio.Event()
-    host = Host(tmp_path, of_each, connect=At("blockdev-backup", jobs_may_start.wait))
+    host = Host(tmp_path, of_each, repository=True, connect=At("blockdev-backup", jobs_may_start.wait))
     await host.make_repository()
     moments: list[tuple[str, dict[str, Path]]] = []
     for _ in range(1 + INCREMENTALS):
