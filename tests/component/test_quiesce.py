@@ -1,9 +1,7 @@
 """Frozen file systems around the snapshot: a guest is never left frozen, whoever fails or dies."""
 
 import asyncio
-import multiprocessing
-import os
-import signal
+import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -167,24 +165,28 @@ async def test_a_thaw_that_is_not_known_is_tried_again_until_it_is(
     assert world.journal.open() == []
 
 
-def freeze_and_wait(path: Path, folder: Path) -> None:
-    async def freeze() -> None:
-        async with quiesce.frozen(path, Journal(folder), vm="web01", run="1"):
-            await asyncio.sleep(100)
+FREEZE_AND_WAIT = """
+import asyncio, sys
+from pathlib import Path
+from orchestrator.run import quiesce
+from orchestrator.state.journal import Journal
 
-    asyncio.run(freeze())
+async def freeze():
+    async with quiesce.frozen(Path(sys.argv[1]), Journal(Path(sys.argv[2])), vm="web01", run="1"):
+        await asyncio.sleep(100)
+
+asyncio.run(freeze())
+"""
 
 
 async def test_killed_while_it_is_frozen_the_next_start_thaws_it(
     fake: FakeAgent, path: Path, tmp_path: Path
 ) -> None:
-    killed = multiprocessing.get_context("spawn").Process(target=freeze_and_wait, args=(path, tmp_path))
-    killed.start()
+    killed = await asyncio.create_subprocess_exec(sys.executable, "-c", FREEZE_AND_WAIT, str(path), str(tmp_path))
     while not fake.frozen:
         await asyncio.sleep(0.05)
-    assert killed.pid is not None
-    os.kill(killed.pid, signal.SIGKILL)
-    await asyncio.to_thread(killed.join)
+    killed.kill()
+    await killed.wait()
     await asyncio.sleep(0.1)
     assert fake.frozen == 2
     await quiesce.recover(Journal(tmp_path), running=[])
