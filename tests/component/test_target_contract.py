@@ -558,7 +558,8 @@ async def test_two_drafts_of_other_processes_in_one_second_do_not_meet(case: Cas
     for draft in drafts:
         await draft.abort()
     made = [one for one in ended if isinstance(one, Snapshot)]
-    assert made
+    # Each may see the other's: then both give way, and are tried again.
+    assert {one.code for one in ended if isinstance(one, TargetError)} <= {"snapshot-exists"}
     found = await case.target().snapshots()
     assert sorted(one.id for one in found) == sorted(one.id for one in made)
     for one in found:
