@@ -12,8 +12,7 @@ from orchestrator.aio import run_process
 from orchestrator.errors import TargetError
 from orchestrator.nbd.protocol import Allocation
 from orchestrator.target.repository import contents
-from orchestrator.target.restic.pack import CHUNK_BYTES
-from orchestrator.target.restic.pack import BlobKind
+from orchestrator.target.restic.pack import CHUNK_BYTES, BlobKind
 from orchestrator.target.restic.repository import Repository
 from orchestrator.target.restic.tree import FileContent
 from orchestrator.units import MIB
