@@ -15,13 +15,14 @@ LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.SelectorEventLoop,
     "uvloop": uvloop.new_event_loop,
 }
-ENTRY_POINT_LOOP = (
-    "tests/qemu/",
-    "tests/peer/",
-    "tests/component/test_target_contract.py",
-    "tests/unit/test_merge.py",
+ENTRY_POINT_LOOP = ("tests/qemu/", "tests/peer/", "tests/component/", "tests/unit/test_merge.py")
+"""What takes long runs only on the loop that the command runs on, ..."""
+EVERY_LOOP = (
+    "tests/component/test_monitor_contract.py",
+    "tests/component/test_nbd",
+    "tests/component/test_agent.py",
 )
-"""Tests with a real guest, or with many processes, take long: they run on the loop that the command runs on."""
+"""... but what speaks over sockets runs on all."""
 
 
 def pytest_asyncio_loop_factories(
@@ -29,7 +30,7 @@ def pytest_asyncio_loop_factories(
     item: pytest.Item,
 ) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     where = item.path.relative_to(config.rootpath).as_posix()
-    if where.startswith(ENTRY_POINT_LOOP):
+    if where.startswith(ENTRY_POINT_LOOP) and not where.startswith(EVERY_LOOP):
         return {"uvloop": LOOPS["uvloop"]}
     return LOOPS
 
