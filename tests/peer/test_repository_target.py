@@ -5,6 +5,7 @@ With the restic of Debian 12, and that of Debian 13.
 
 import asyncio
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from dataclasses import replace
@@ -273,3 +274,14 @@ async def test_who_died_while_exchanging_a_snapshot_left_one_for_us(
     assert not (await target.protect(one, protected=False)).protected
     await target.remove(one)
     assert list(folder.iterdir()) == []
+
+
+async def test_a_repository_that_was_made_anew_is_opened_anew(tmp_path: Path) -> None:
+    place = tmp_path / "repository"
+    target = RepositoryTarget("main", str(place), lambda: "secret")
+    for _ in range(2):
+        made = await Repository.create(DirectoryBackend(place), "secret", cost=Cost(16384, 8, 1))
+        await target.prepare()
+        assert (await target.repository()).identity == made.identity
+        assert await target.snapshots() == []
+        shutil.rmtree(place)

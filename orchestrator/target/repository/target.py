@@ -74,7 +74,12 @@ class RepositoryTarget(Target):
             return self._repository
 
     async def prepare(self) -> None:
-        await self.repository()
+        opened = await self.repository()
+        try:
+            await Repository.open_again(backend_at(self.place), opened.opened)
+        except Damaged:  # another one was made there since it was opened
+            self._repository = None
+            await self.repository()
 
     async def begin(self, vm: str, started: datetime) -> RepositoryDraft:
         taken = {snapshot.id for snapshot in await self.snapshots(vm)}
