@@ -15,7 +15,12 @@ LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.SelectorEventLoop,
     "uvloop": uvloop.new_event_loop,
 }
-ENTRY_POINT_LOOP = ("tests/qemu/", "tests/peer/", "tests/component/", "tests/unit/test_merge.py")
+ENTRY_POINT_LOOP = (
+    "tests/qemu/",
+    "tests/peer/",
+    "tests/component/",
+    *(f"tests/unit/test_{name}.py" for name in ("controller", "ledger", "merge", "restore", "target", "tools")),
+)
 """What takes long runs only on the loop that the command runs on, ..."""
 EVERY_LOOP = (
     "tests/component/test_monitor_contract.py",
