@@ -12,6 +12,7 @@ from orchestrator.qemu import commands
 from orchestrator.qemu.capabilities import Capabilities
 from orchestrator.qemu.monitor import Monitor, raise_first
 from orchestrator.target.base import FileSink, NbdSink, Sink
+from orchestrator.target.restic.pack import CHUNK_BYTES
 
 
 async def attach(monitor: Monitor, names: DiskNames, sink: Sink, *, incremental: bool) -> None:
@@ -58,4 +59,4 @@ def requests(sink: Sink, can: Capabilities) -> Mapping[str, int]:
         return commands.IN_FLIGHT_BY_CLUSTER
     if isinstance(sink, FileSink):
         return commands.IN_FLIGHT
-    return commands.chunks_in_flight(whole=can.job_cluster_size)
+    return commands.chunks_in_flight(CHUNK_BYTES, whole=can.job_cluster_size)

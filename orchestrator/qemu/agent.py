@@ -45,18 +45,16 @@ class GuestAgent:
         """
         try:
             frozen = await self._execute("guest-fsfreeze-freeze", deadline_seconds)
+            if not isinstance(frozen, int) or frozen < 1:
+                raise AgentError(
+                    f"VM {self._vm}: its guest agent froze no file system",
+                    hint="are they mounted, and not all on its list of exceptions?",
+                )
         except AgentError:
             # It may be carried out yet: then the thaw is, too.
             with contextlib.suppress(AgentError):
                 await aio.finish(self.thaw())
             raise
-        if not isinstance(frozen, int) or frozen < 1:
-            with contextlib.suppress(AgentError):
-                await aio.finish(self.thaw())
-            raise AgentError(
-                f"VM {self._vm}: its guest agent froze no file system",
-                hint="are they mounted, and not all on its list of exceptions?",
-            )
         return frozen
 
     async def thaw(self, *, deadline_seconds: float = THAW_SECONDS) -> int:

@@ -24,16 +24,14 @@ IN_FLIGHT_BY_CLUSTER = {"max-workers": 8, "max-chunk": CLUSTER_BYTES}
 If the first one of several was copied before a write and the next one was not, it reads all of them from the disk,
 where the first one is new by now (util/hbitmap.c, hbitmap_status): a wrong backup that nobody is told of.
 """
-CHUNK_BYTES = 4 << 20
-"""What an NBD sink keeps at once (`target.restic.writer`)."""
 
 
-def chunks_in_flight(*, whole: bool) -> dict[str, int]:
-    """A job's requests to an NBD sink; `whole`: no chunk is ever written in parts (QEMU 9.2 or later).
+def chunks_in_flight(chunk_bytes: int, *, whole: bool) -> dict[str, int]:
+    """A job's requests to a sink that keeps chunks; `whole`: none is ever written in parts (QEMU 9.2 or later).
 
     Four at a time are nearly as fast as sixteen, and land sooner.
     """
-    return {"max-workers": 4, "max-chunk": CHUNK_BYTES, **({"min-cluster-size": CHUNK_BYTES} if whole else {})}
+    return {"max-workers": 4, "max-chunk": chunk_bytes, **({"min-cluster-size": chunk_bytes} if whole else {})}
 
 
 @dataclass(frozen=True, slots=True)

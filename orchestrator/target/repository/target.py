@@ -17,7 +17,6 @@ import structlog
 
 from orchestrator import aio
 from orchestrator.errors import TargetError
-from orchestrator.qemu import commands
 from orchestrator.target import extra_files
 from orchestrator.target.base import (
     Content,
@@ -34,6 +33,7 @@ from orchestrator.target.mover.process import Mover
 from orchestrator.target.repository import contents, listing
 from orchestrator.target.repository.draft import RepositoryDraft
 from orchestrator.target.restic.errors import BackendError, Damaged
+from orchestrator.target.restic.pack import CHUNK_BYTES
 from orchestrator.target.restic.place import backend_at
 from orchestrator.target.restic.repository import Repository
 from orchestrator.target.restic.snapshot import ResticSnapshot
@@ -52,7 +52,7 @@ _UNWRITABLE = ("target-unwritable", "target-full")
 class RepositoryTarget(Target):
     """See the contract, `Target`. `password` reads the password; it blocks, and raises TargetError."""
 
-    granule_bytes = commands.CHUNK_BYTES
+    granule_bytes = CHUNK_BYTES
     reads_sinks = False
 
     def __init__(self, name: str, place: str, password: Callable[[], str], *, max_runs: int | None = None) -> None:
