@@ -31,13 +31,12 @@ from orchestrator.target.restic.repository import Repository
 from orchestrator.target.restic.snapshot import ResticSnapshot
 from orchestrator.target.restic.tree import FileContent
 from orchestrator.units import GIB, KIB
+from tests.guest.restics import RESTICS
 
 SIZE = 2 * GIB
 ROUNDS = 3
 PASSWORD = "correct horse"
 FILE = "vda.raw"
-CACHE = Path(os.environ.get("VMFLEECE_TESTS_CACHE") or "/var/cache/vmfleece-tests")
-RESTICS = {"0.14": "restic", "0.18": str(CACHE / "restic-0.18" / "restic")}
 
 
 @dataclass(frozen=True, slots=True)

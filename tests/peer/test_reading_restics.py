@@ -16,9 +16,9 @@ from orchestrator.target.restic.pack import CHUNK_BYTES, BlobKind
 from orchestrator.target.restic.repository import Repository
 from orchestrator.target.restic.tree import FileContent
 from orchestrator.units import MIB
-from tests.peer.test_restic_repository import Restic, disk, reopened, restic, version
+from tests.peer.test_restic_repository import Restic, disk, reopened, restic
 
-__all__ = ["restic", "version"]  # fixtures
+__all__ = ["restic"]  # fixtures
 
 HOLE = int(Allocation.HOLE | Allocation.ZERO)
 DISK = disk(5, 30 * MIB + 512)

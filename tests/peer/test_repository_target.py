@@ -34,10 +34,10 @@ from tests.component.test_target_contract import (
     write_parts,
 )
 from tests.guest.restics import Restic
-from tests.peer.test_restic_repository import LOCKED_EXIT, version
+from tests.peer.test_restic_repository import LOCKED_EXIT
 from tests.unit.test_target import CLUSTER, DETAILS, STARTED, content, disk, refused
 
-__all__ = ["short_settling", "version"]  # fixtures
+__all__ = ["short_settling"]  # fixtures
 
 SIZE = 5 * MIB
 CHANGES = [{0: b"\1" * CLUSTER}, {4 * MIB: b"\2" * CLUSTER}]

@@ -16,7 +16,7 @@ from orchestrator.target.restic.crypto import Cost
 from orchestrator.target.restic.repository import Repository
 from orchestrator.target.restic.snapshot import ResticSnapshot
 from orchestrator.target.restic.tree import FileContent
-from tests.guest.restics import RESTICS, Restic
+from tests.guest.restics import Restic
 
 MIB = 1 << 20
 PASSWORD = "correct horse"
@@ -41,11 +41,11 @@ def repository(tmp_path: Path) -> Path:
     return tmp_path / "repo"
 
 
-@pytest.fixture(params=RESTICS)
-def mounted(request: pytest.FixtureRequest, repository: Path, tmp_path: Path) -> Iterator[Path]:
+@pytest.fixture
+def mounted(version: str, repository: Path, tmp_path: Path) -> Iterator[Path]:
     at = tmp_path / "mounted"
     at.mkdir()
-    process = Restic(repository, PASSWORD, request.param).started("mount", str(at))
+    process = Restic(repository, PASSWORD, version).started("mount", str(at))
     try:
         deadline = time.monotonic() + SOON_SECONDS
         while not (at / "hosts").is_dir():

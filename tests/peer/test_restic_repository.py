@@ -33,11 +33,10 @@ from orchestrator.target.restic.snapshot import ResticSnapshot, Summary
 from orchestrator.target.restic.tree import FileContent
 from orchestrator.target.restic.writer import CHUNK_BYTES
 from orchestrator.units import MIB
+from tests.guest.restics import RESTICS
 
 pytestmark = pytest.mark.timeout(600)
 
-CACHE = Path(os.environ.get("VMFLEECE_TESTS_CACHE") or "/var/cache/vmfleece-tests")
-RESTICS = {"0.14": "restic", "0.18": str(CACHE / "restic-0.18" / "restic")}
 ENVIRONMENT = os.environ | {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
 LOCKED_EXIT = {"0.14": 1, "0.18": 11}
 PASSWORD = "correct horse"
@@ -79,17 +78,6 @@ class Restic:
         assert "no errors were found" in said
         assert "not referenced" not in said
         assert "hint" not in said.lower()
-
-
-@pytest.fixture(scope="session", params=RESTICS)
-def version(request: pytest.FixtureRequest) -> str:
-    if request.param == "0.18":
-        script = Path(__file__).with_name("restics.sh")
-        made = subprocess.run(["sh", str(script)], capture_output=True, text=True, check=False, timeout=300)
-        assert made.returncode == 0, f"there is no restic 0.18 on this machine: {made.stderr}"
-    said = subprocess.run([RESTICS[request.param], "version"], capture_output=True, text=True, check=True).stdout
-    assert said.startswith(f"restic {request.param}."), said
-    return str(request.param)
 
 
 @pytest.fixture

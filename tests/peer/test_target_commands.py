@@ -63,17 +63,6 @@ Done = subprocess.CompletedProcess[str]
 Run = Callable[..., Done]
 
 
-@pytest.fixture(scope="session", params=RESTICS)
-def version(request: pytest.FixtureRequest) -> str:
-    if request.param == "0.18":
-        script = Path(__file__).with_name("restics.sh")
-        made = subprocess.run(["sh", str(script)], capture_output=True, text=True, check=False, timeout=300)
-        assert made.returncode == 0, f"there is no restic 0.18 on this machine: {made.stderr}"
-    said = subprocess.run([RESTICS[request.param], "version"], capture_output=True, text=True, check=True).stdout
-    assert said.startswith(f"restic {request.param}."), said
-    return str(request.param)
-
-
 @pytest.fixture(autouse=True)
 def environment(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One in which `restic` is that version, and which would lead it astray if it were passed on as it is."""
