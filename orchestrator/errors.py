@@ -3,26 +3,29 @@
     VmfleeceError
     ├── ConfigError          the configuration or the command line is wrong   exit 2
     ├── MonitorError         QEMU's monitor
-    │   ├── ConnectFailed    no monitor answers at the socket                 retryable
-    │   │   └── NobodyThere  nobody listens: no QEMU of that socket lives     retryable
-    │   ├── ConnectionLost   it was there; outcome of running commands unknown retryable
-    │   ├── CommandTimeout   no reply in time; outcome unknown                retryable
+    │   ├── ConnectFailed    no monitor answers at the socket
+    │   │   └── NobodyThere  nobody listens: no QEMU of that socket lives
+    │   ├── ConnectionLost   it was there; outcome of running commands unknown
+    │   ├── CommandTimeout   no reply in time; outcome unknown
     │   └── CommandFailed    QEMU refused the command
     ├── AgentError           the guest agent: absent, silent, or it refused
-    ├── RefusedError         the VM is in no state to be backed up now        retryable
+    ├── RefusedError         the VM is in no state to be backed up now
     ├── AdmissionError       what is wanted can never be granted
     ├── StorageError         a storage of fleecing images
     ├── TargetError          a target of backups; a repository's: target/restic/errors.py
     ├── ToolError            qemu-img, qemu-nbd or nbdcopy failed or is missing
-    ├── FleecingError        the snapshot broke: image full, slow or broken   retryable
-    ├── CopyError            the job that copies failed for another reason    retryable
+    ├── FleecingError        the snapshot broke: image full, slow or broken
+    ├── CopyError            the job that copies failed for another reason
     └── StateError           state_dir: locked or unreadable
 
 A caller branches on the class or on `code`, never on the text. `message` says what was tried, on what,
-with which numbers; `hint` says what the operator can do.
+with which numbers; `hint` says what the operator can do. Whether waiting can help is told by the code: `causes`.
 """
 
 from typing import ClassVar
+
+from orchestrator import causes
+from orchestrator.causes import Cause
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -36,7 +39,6 @@ class VmfleeceError(Exception):
     """The root. `code` is stable and part of the interface; see docs/operations.md."""
 
     code: str = "failed"
-    retryable: ClassVar[bool] = False
     exit_code: ClassVar[int] = EXIT_FAILED
 
     def __init__(self, message: str, *, hint: str = "", code: str | None = None) -> None:
@@ -45,6 +47,16 @@ class VmfleeceError(Exception):
         self.hint = hint
         if code is not None:
             self.code = code
+
+    @property
+    def cause(self) -> Cause:
+        """What it comes from."""
+        return causes.of(self.code)
+
+    @property
+    def retryable(self) -> bool:
+        """Whether waiting can help."""
+        return self.cause.may_pass
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message
@@ -71,7 +83,6 @@ class ConnectFailed(MonitorError):
     """No monitor could be reached at the socket."""
 
     code = "vm-unreachable"
-    retryable = True
 
 
 class NobodyThere(ConnectFailed):
@@ -82,14 +93,12 @@ class ConnectionLost(MonitorError):
     """The connection ended; what the commands under way did is unknown."""
 
     code = "vm-gone"
-    retryable = True
 
 
 class CommandTimeout(MonitorError):
     """QEMU did not answer in time; what the command did is unknown."""
 
     code = "vm-silent"
-    retryable = True
 
 
 class CommandFailed(MonitorError):
@@ -113,7 +122,6 @@ class RefusedError(VmfleeceError):
     """The VM, or somebody else's work on it, does not allow a backup now."""
 
     code = "refused"
-    retryable = True
 
 
 class AdmissionError(VmfleeceError):
@@ -150,14 +158,12 @@ class FleecingError(VmfleeceError):
     """The snapshot broke: its fleecing image was full, slow or broken. The guest went on."""
 
     code = "fleecing-broken"
-    retryable = True
 
 
 class CopyError(VmfleeceError):
     """A disk's copy ended with an error that is not the snapshot's."""
 
     code = "copy-failed"
-    retryable = True
 
 
 class StateError(VmfleeceError):

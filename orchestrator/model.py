@@ -5,11 +5,14 @@ classes and are rendered by `cli`. Sizes are bytes, times are seconds unless a n
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+from orchestrator import causes
+from orchestrator.causes import Cause
 
 
 class Consistency(StrEnum):
@@ -126,11 +129,15 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class ErrorReport:
-    """An error as data: what `--json`, logs and history show."""
+    """An error as data: what `--json`, logs and history show. `cause` goes with the code."""
 
     code: str
     message: str
     hint: str = ""
+    cause: Cause = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cause", causes.of(self.code))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +171,11 @@ class RunResult:
     disks: tuple[DiskResult, ...]
     warnings: tuple[str, ...] = ()
     error: ErrorReport | None = None
-    retryable: bool = False
+
+    @property
+    def retryable(self) -> bool:
+        """Whether it failed of something that may pass."""
+        return self.error is not None and self.error.cause.may_pass
 
     def as_json(self) -> dict[str, Any]:
         """The result as `backup --json` prints it and the catalogue keeps it."""
@@ -218,7 +229,7 @@ class Keep:
 
     def rules(self) -> Iterator[tuple[str, int]]:
         """Those there are, in the order in which they are applied; none if everything is kept."""
-        for field in fields(self):
-            count = getattr(self, field.name)
-            if field.name != "all" and count > 0 and not self.all:
-                yield field.name, count
+        for rule in fields(self):
+            count = getattr(self, rule.name)
+            if rule.name != "all" and count > 0 and not self.all:
+                yield rule.name, count

@@ -91,24 +91,25 @@ async def back_up(
     *,
     run: str,
     on_progress: Callable[[Progress], None],
+    enter: Callable[[], None] = lambda: None,
     on_cancelled: Callable[[RunResult], None] = lambda _result: None,
 ) -> RunResult:
     """Run it to its end; a failure is an outcome in the result, not an exception.
 
-    Cancellation undoes everything first, tells `on_cancelled` the result, and then raises CancelledError.
+    `enter` is called in a thread before anything is done, and may raise VmfleeceError. Cancellation undoes
+    everything first, tells `on_cancelled` the result, and then raises CancelledError.
     """
     with structlog.contextvars.bound_contextvars(vm=vm.name, run=run):
         started, clock = datetime.now(UTC), time.monotonic()
         facts = Facts()
         log.info("run.started", target=options.target, job=options.job)
         error: ErrorReport | None = None
-        retryable = False
         cancelled: asyncio.CancelledError | None = None
         try:
+            await aio.finish(asyncio.to_thread(enter))
             await _Run(vm, options, means, run=run, facts=facts, on_progress=on_progress).execute(started)
         except VmfleeceError as failure:
             error = ErrorReport(failure.code, failure.message, failure.hint)
-            retryable = failure.retryable
         except asyncio.CancelledError as cancellation:
             error = ErrorReport(CANCELLED, "the run was cancelled")
             cancelled = cancellation
@@ -122,7 +123,6 @@ async def back_up(
             started=started,
             duration_seconds=time.monotonic() - clock,
             error=error,
-            retryable=retryable,
         )
         log_result(result, options)
         if cancelled is not None:

@@ -136,7 +136,6 @@ class Facts:
         started: datetime,
         duration_seconds: float,
         error: ErrorReport | None,
-        retryable: bool,
     ) -> RunResult:
         """How it ended."""
         outcome = Outcome.WARNING if self.warnings else Outcome.SUCCEEDED
@@ -165,7 +164,6 @@ class Facts:
             ),
             warnings=tuple(self.warnings),
             error=error,
-            retryable=retryable,
         )
 
 

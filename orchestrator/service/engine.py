@@ -6,9 +6,10 @@ so there is one engine a host, and a VM has one run at a time.
 
 import asyncio
 import contextlib
+import itertools
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from orchestrator.admission.accounts import Accounts
 from orchestrator.admission.controller import Controller
 from orchestrator.admission.ledger.base import Owner
 from orchestrator.admission.ledger.sqlite import SqliteLedger
+from orchestrator.causes import Cause
 from orchestrator.config import Config
 from orchestrator.config.settings import TargetDriver, TargetSettings
-from orchestrator.errors import NobodyThere, StorageError, VmfleeceError
+from orchestrator.errors import NobodyThere, StateError, StorageError, VmfleeceError
 from orchestrator.model import Phase, Progress, RunOptions, RunResult
 from orchestrator.qemu import qmp
-from orchestrator.run import quiesce, survey
+from orchestrator.run import quiesce, retry, survey
 from orchestrator.run.backup import Connect, Means, back_up, new_run_id
 from orchestrator.run.prune import prune
 from orchestrator.run.survey import Storages
@@ -45,8 +47,6 @@ from orchestrator.target.repository.target import RepositoryTarget
 
 log = structlog.get_logger(__name__)
 
-RETRY_SECONDS = 60.0
-"""The pause before the first retry; it doubles each time."""
 RECOVER_SECONDS = 60.0
 """How often it is tried to give back what dead runs hold."""
 
@@ -161,6 +161,7 @@ class Engine:
         """Held by each run to a target; alone by who frees space there."""
         self._vm_locks: dict[str, asyncio.Lock] = {}
         self._live: dict[str, overview.Live] = {}
+        self._pausing: dict[str, overview.Pausing] = {}
 
     @contextlib.asynccontextmanager
     async def serving(self, *, recover: bool) -> AsyncIterator[None]:
@@ -198,7 +199,7 @@ class Engine:
 
     def status(self) -> Status:
         """What is going on right now."""
-        runs, queue = overview.runs_and_queue(self._live.values(), self._controller)
+        runs, queue = overview.runs_and_queue(self._live.values(), self._controller, self._pausing.values())
         return Status(
             process=os.getpid(),
             started=self._started.isoformat(),
@@ -207,11 +208,13 @@ class Engine:
             queue=queue,
         )
 
-    async def back_up(self, vm: str, options: RunOptions, *, on_progress: Callable[[Progress], None]) -> RunResult:
+    async def back_up(
+        self, vm: str, options: RunOptions, *, on_progress: Callable[[Progress], None], run: str | None = None
+    ) -> RunResult:
         """Back up one VM once. Failures are outcomes; cancellation undoes everything, then is raised."""
         configured = self.config.vms()[vm]
         async with self._vm_lock(vm):
-            run, started = new_run_id(), datetime.now(UTC)
+            run, started = run or new_run_id(), datetime.now(UTC)
             live = self._live[run] = overview.Live(vm, run, configured.priority, options, started)
 
             def progressed(progress: Progress) -> None:
@@ -226,19 +229,26 @@ class Engine:
                         log.info("run.queued", reasons=[waits_for], obstacles=[])
                     progressed(Progress(vm, run, Phase.QUEUED, waits_for=waits_for))
                 async with gate.shared():
-                    await asyncio.to_thread(self.catalogue.begin, run, vm, options.job, started)
                     result = await back_up(
                         configured,
                         options,
                         self._means,
                         run=run,
                         on_progress=progressed,
-                        on_cancelled=self.catalogue.finish,
+                        enter=partial(self.catalogue.begin, run, vm, options.job, started),
+                        on_cancelled=self._remember,
                     )
             finally:
                 del self._live[run]
-            await asyncio.to_thread(self.catalogue.finish, result)
+            await aio.finish(asyncio.to_thread(self._remember, result))
             return result
+
+    def _remember(self, result: RunResult) -> None:
+        """Enter how a run ended. Without its history, it is no less what it is."""
+        try:
+            self.catalogue.finish(result)
+        except StateError as error:
+            log.warning("catalogue.unusable", error=str(error))
 
     def _vm_lock(self, vm: str) -> asyncio.Lock:
         return self._vm_locks.setdefault(vm, asyncio.Lock())
@@ -272,19 +282,42 @@ class Engine:
     async def _with_retries(
         self, vm: str, options: RunOptions, retries: int, on_progress: Callable[[Progress], None]
     ) -> RunResult:
-        for attempt in range(retries):
-            result = await self.back_up(vm, options, on_progress=on_progress)
-            if result.error is None or not result.retryable:
-                return result
-            # One that ran full is queued again at once: its larger first grant is what it has to wait for.
-            pause_seconds = 0.0 if self._may_be_granted_more(result) else RETRY_SECONDS * 2**attempt
-            log.warning("run.retrying", vm=vm, run=result.run, code=result.error.code, pause_seconds=pause_seconds)
-            await asyncio.sleep(pause_seconds)
-        return await self.back_up(vm, options, on_progress=on_progress)
+        run = new_run_id()
+        for tries in itertools.count(1):
+            result = await self.back_up(vm, options, run=run, on_progress=on_progress)
+            if result.error is None:
+                break
+            pause_seconds = retry.pause_seconds(
+                result.error.cause,
+                tries=tries,
+                retries=retries,
+                may_be_granted_more=self._may_be_granted_more(result),
+            )
+            if pause_seconds is None:
+                break
+            run = new_run_id()
+            log.warning(
+                "run.retrying",
+                vm=vm,
+                run=result.run,
+                code=result.error.code,
+                cause=result.error.cause,
+                pause_seconds=pause_seconds,
+                next_run=run,
+            )
+            until = datetime.now(UTC) + timedelta(seconds=pause_seconds)
+            pausing = overview.Pausing(vm, run, self.config.vms()[vm].priority, options, until, result)
+            on_progress(Progress(vm, run, Phase.QUEUED, waits_for=pausing.reason))
+            self._pausing[run] = pausing
+            try:
+                await asyncio.sleep(pause_seconds)
+            finally:
+                del self._pausing[run]
+        return result
 
     def _may_be_granted_more(self, result: RunResult) -> bool:
         """Whether a run ran full although it did not hold all of its storage."""
-        if result.error is None or result.error.code != "fleecing-full":
+        if result.error is None or result.error.cause is not Cause.FLEECING_FULL:
             return False
         granted_bytes: dict[str, int] = {}
         for disk in result.disks:

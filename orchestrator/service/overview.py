@@ -2,14 +2,16 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
+from operator import attrgetter
 
 from orchestrator.admission.accounts import Accounts
 from orchestrator.admission.controller import Controller
 from orchestrator.config import StorageSettings
-from orchestrator.model import Phase, Progress, RunOptions
+from orchestrator.model import Phase, Progress, RunOptions, RunResult
 from orchestrator.service.status import RunStatus, StorageStatus, WaitingStatus
 from orchestrator.storage.base import Storage
+from orchestrator.units import format_duration
 
 PLANNING = "planning"
 """The phase of a run that has not asked for admission yet."""
@@ -25,6 +27,28 @@ class Live:
     options: RunOptions
     started: datetime
     progress: Progress | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pausing:
+    """A run that is to begin at `until`, since `failed`, the try before it, ended with an error that may pass."""
+
+    vm: str
+    run: str
+    priority: int
+    options: RunOptions
+    until: datetime
+    failed: RunResult
+
+    @property
+    def reason(self) -> str:
+        """Why it waits, and for how long yet, in words."""
+        assert self.failed.error is not None  # noqa: S101  it is tried again
+        left_seconds = max(0, round((self.until - datetime.now(UTC)).total_seconds()))
+        return (
+            f"its next try, in {format_duration(left_seconds)}:"
+            f" run {self.failed.run} failed with {self.failed.error.code}: {self.failed.error.message}"
+        )
 
 
 def storage_status(settings: StorageSettings, storage: Storage, accounts: Accounts) -> StorageStatus:
@@ -48,9 +72,9 @@ def storage_status(settings: StorageSettings, storage: Storage, accounts: Accoun
 
 
 def runs_and_queue(
-    live: Iterable[Live], controller: Controller
+    live: Iterable[Live], controller: Controller, pausing: Iterable[Pausing]
 ) -> tuple[tuple[RunStatus, ...], tuple[WaitingStatus, ...]]:
-    """The runs under way, as they began, and those that wait, as they will be admitted."""
+    """The runs under way, as they began; and those that wait, as they will be admitted, then as they are due."""
     by_run = {one.run: one for one in live}
     waiting = controller.waiting()
     queue = tuple(
@@ -66,7 +90,20 @@ def runs_and_queue(
         for run, waits in waiting.items()
         if (one := by_run.get(run)) is not None
     )
-    return tuple(_run_status(one) for run, one in by_run.items() if run not in waiting), queue
+    later = tuple(
+        WaitingStatus(
+            vm=one.vm,
+            run=one.run,
+            job=one.options.job,
+            target=one.options.target,
+            priority=one.priority,
+            started=one.failed.started.isoformat(),
+            reasons=(one.reason,),
+            until=one.until.isoformat(),
+        )
+        for one in sorted(pausing, key=attrgetter("until"))
+    )
+    return tuple(_run_status(one) for run, one in by_run.items() if run not in waiting), (*queue, *later)
 
 
 def _run_status(live: Live) -> RunStatus:

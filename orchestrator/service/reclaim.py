@@ -1,7 +1,7 @@
 """Freeing the space of forgotten snapshots, at the turns that a target's `reclaim` names.
 
 `restic prune` works alone on a repository: runs to it end first, and new ones wait. Where another host writes to
-the same repository, it is tried again for some hours.
+the same repository, or it cannot be reached, it is tried again for some hours.
 """
 
 import asyncio
@@ -9,6 +9,7 @@ import asyncio
 import structlog
 
 from orchestrator import aio
+from orchestrator.causes import Cause
 from orchestrator.config import TargetSettings
 from orchestrator.errors import VmfleeceError
 from orchestrator.service import scheduler
@@ -18,6 +19,7 @@ log = structlog.get_logger(__name__)
 
 TRIES = 24
 PAUSE_SECONDS = 10 * 60.0
+WORTH_WAITING = (Cause.TARGET_BUSY, Cause.TARGET_GONE)
 
 
 async def serve(settings: TargetSettings, gate: aio.SharedLock) -> None:
@@ -37,7 +39,7 @@ async def free_space(
                 await upkeep.reclaim(settings, on_line=_progressed)
         except VmfleeceError as error:
             log.warning("reclaim.failed", target=settings.name, code=error.code, error=str(error))
-            if not (error.retryable and left):
+            if not (error.cause in WORTH_WAITING and left):
                 return
         else:
             log.info("reclaim.finished", target=settings.name)

@@ -57,8 +57,8 @@ async def turns(calendar: str | None) -> AsyncIterator[datetime]:
 async def _take_turn(
     job: JobSettings, due: datetime, run: Callable[[str], Awaitable[object]], catalogue: Catalogue
 ) -> None:
-    await asyncio.to_thread(catalogue.set_last_due, job.name, due)
     try:
+        await asyncio.to_thread(catalogue.set_last_due, job.name, due)
         await run(job.name)
     except VmfleeceError as error:  # such as a full file system under state_dir: the next turn may do better
         log.error("job.failed", job=job.name, code=error.code, error=str(error))  # noqa: TRY400  no bug

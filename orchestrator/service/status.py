@@ -49,7 +49,10 @@ class RunStatus:
 
 @dataclass(frozen=True, slots=True)
 class WaitingStatus:
-    """One run that waits for its admission; `reasons` is everything that it waits for, in words."""
+    """One run that waits; `reasons` is everything that it waits for, in words.
+
+    For its admission; or, if there is an `until`, to be tried again then: `started` is then that of the last try.
+    """
 
     vm: str
     run: str
@@ -58,6 +61,7 @@ class WaitingStatus:
     priority: int
     started: str
     reasons: tuple[str, ...]
+    until: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from orchestrator.admission import estimate
 from orchestrator.admission.ledger.base import Grant, Owner
 from orchestrator.admission.ledger.sqlite import SqliteLedger
 from orchestrator.model import Fleecing, Outcome, RunOptions, Vm
+from orchestrator.run import retry
 from orchestrator.service import api, engine
 from orchestrator.service.engine import Engine
 from orchestrator.storage.base import Space
@@ -302,7 +303,7 @@ async def test_without_a_vmfleece_status_says_what_dead_ones_hold(make: Make) ->
 async def test_a_run_that_ran_full_is_queued_again_at_once_with_a_larger_first_grant(
     make: Make, before: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "RETRY_SECONDS", 1000.0)  # it would hang
+    monkeypatch.setattr(retry, "MINUTE_SECONDS", 1000.0)  # it would hang
     world = make(disks={"vda": SIZE}, discard_source=False)  # its first grant is all it gets
     world.qemu.pace = 1
 
@@ -327,7 +328,7 @@ async def test_a_run_that_ran_full_is_queued_again_at_once_with_a_larger_first_g
 async def test_a_run_that_ran_full_of_the_whole_quota_waits_before_it_is_tried_again(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(retry, "MINUTE_SECONDS", 0.01)
     world = make(disks={"vda": SIZE}, discard_source=False)
     world.qemu.during_copy = lambda _job: world.qemu.guest_writes("vda", SIZE // 2, bytes(SIZE // 2))
     with logged() as logs:
@@ -355,7 +356,7 @@ async def test_past_runs_tell_how_much_is_granted_first(make: Make, before: list
 
 async def test_after_a_job_retention_is_applied_to_the_vms_that_succeeded(make: Make) -> None:
     world = make(disks={"vda": MIB})
-    async with opened(world, more='prune_backups = "keep-last=2"\nfull_every = 1') as one:
+    async with opened(world, retries=0, more='prune_backups = "keep-last=2"\nfull_every = 1') as one:
         for _ in range(4):
             (result,) = await one.run_job("nightly")
             assert result.error is None, result.error

@@ -21,7 +21,8 @@ from orchestrator.admission import estimate
 from orchestrator.cli import backup as command
 from orchestrator.errors import EXIT_FAILED
 from orchestrator.model import Outcome, Phase, Progress
-from orchestrator.service import client, engine
+from orchestrator.run import retry
+from orchestrator.service import client
 from tests.guest import images
 from tests.guest.vm import MIB, DiskSpec, GuestVm, Workload
 from tests.qemu.host import FLEECED, SLOWLY, VM, Host, assert_succeeded
@@ -144,7 +145,7 @@ async def test_a_quota_that_is_too_small_for_the_guest_fails_each_try(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(engine, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(retry, "MINUTE_SECONDS", 0.1)
     host = Host(folder, vm, quota="320MiB", more=JOB)
     arguments = argparse.Namespace(job="one", json=True)
     job = asyncio.create_task(command.run_job(config.load(host.config), arguments))

@@ -51,9 +51,7 @@ def committed() -> Snapshot:
 
 
 def result(known: Facts, error: ErrorReport | None = None) -> RunResult:
-    return known.result(
-        "web01", "0a1b2c3d", started=STARTED, duration_seconds=1.23456, error=error, retryable=error is FAILURE
-    )
+    return known.result("web01", "0a1b2c3d", started=STARTED, duration_seconds=1.23456, error=error)
 
 
 @pytest.mark.parametrize(
@@ -142,4 +140,4 @@ def test_one_closing_line_holds_everything(error: ErrorReport | None, level: str
         wanted = document[key]
         assert line[key] == (list(wanted) if isinstance(wanted, tuple) else wanted), key
     # vm and run are bound to the task; `started` is the line's own time minus the duration.
-    assert document.keys() - line.keys() == {"vm", "run", "started", "retryable"}
+    assert document.keys() - line.keys() == {"vm", "run", "started"}

@@ -6,12 +6,12 @@ TargetError
 ├── Damaged            a file is not what its name, its seal or the format says
 ├── WrongPassword      no key opens with the password                          exit 12
 ├── NoRepository       there is none at that place                             exit 10
-├── RepositoryLocked   somebody else works on it alone                         exit 11, retryable
-├── LockLost           our own lock is gone or too old: nothing may be written retryable
+├── RepositoryLocked   somebody else works on it alone                         exit 11
+├── LockLost           our own lock is gone or too old: nothing may be written
 └── BackendError       the place itself refused, and why is its code
     ├── FileMissing    there is no such file
     ├── FileExists     there is such a file already
-    └── Unreachable    the place did not answer, or not in time                retryable
+    └── Unreachable    the place did not answer, or not in time
 """
 
 from orchestrator.errors import EXIT_LOCKED, TargetError
@@ -52,7 +52,6 @@ class RepositoryLocked(TargetError):
     """Somebody else holds a lock beside which ours must not be."""
 
     code = "repository-locked"
-    retryable = True
     exit_code = EXIT_LOCKED
 
 
@@ -60,7 +59,6 @@ class LockLost(TargetError):
     """Our lock does not protect us any more; what was not yet committed must not be."""
 
     code = "lock-lost"
-    retryable = True
 
 
 class BackendError(TargetError):
@@ -85,4 +83,3 @@ class Unreachable(BackendError):
     """The place did not answer, or not in time; whether it did what was asked is unknown."""
 
     code = "target-unreachable"
-    retryable = True
