@@ -107,6 +107,8 @@ def fill(image: Path, size_bytes: int) -> None:
         for _ in range(round(size_bytes * MIX["random"]) // MIB):
             file.write(source.randbytes(MIB))
         file.truncate(size_bytes)
+        file.flush()
+        os.fsync(file.fileno())  # a snapshot would wait for it
 
 
 def host_files() -> Iterator[Path]:

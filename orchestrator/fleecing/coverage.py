@@ -2,8 +2,8 @@
 
 There the filters are made before the point in time, when nobody knows yet what will have changed until it, so at
 first they copy everything. Once the bitmaps stand still, what is clean in them is read over NBD and discarded from
-the snapshot-access nodes: guest writes there cost nothing from then on. It is done before the jobs start, since
-nothing else may be on those nodes then.
+the snapshot-access nodes: guest writes there cost nothing from then on. The images ignore that: they are empty
+there, or hold little. It is done before the jobs start, since nothing else may be on those nodes then.
 
 It only saves space. QEMU has one NBD server: if somebody else is using it, or anything goes wrong, the filters
 simply go on copying everything.
@@ -41,8 +41,6 @@ async def limit(monitor: Monitor, disks: Sequence[DiskNames]) -> None:
 
     Raises MonitorError if the monitor is gone. Undone by `graph.dismantle`.
     """
-    if not disks:
-        return
     try:
         clients = await _serve(monitor, disks)
     except CommandFailed as error:  # somebody else's server

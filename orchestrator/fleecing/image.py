@@ -8,6 +8,7 @@ The file is as long as the image can become at most, sparse: QEMU caches its len
 import asyncio
 import fcntl
 import os
+from collections.abc import Sequence
 
 import structlog
 
@@ -53,12 +54,22 @@ async def attach_file(monitor: Monitor, name: str, descriptor: int, *, direct: b
     await monitor.execute(commands.remove_fd(fdset))
 
 
-async def attach(monitor: Monitor, names: DiskNames, file: ImageFile, limit_bytes: int) -> None:
-    """Give the image to QEMU, which keeps it below the limit. Undone by `graph.dismantle`."""
+async def attach(monitor: Monitor, names: DiskNames, file: ImageFile, limit_bytes: int, *, discards: bool) -> None:
+    """Give the image to QEMU, which keeps it below the limit. Undone by `graph.dismantle`.
+
+    Unless it `discards`, discarding has no effect until `start_discarding`. QEMU makes tables for what is
+    discarded of an empty image: 128 MiB of them for 1 TiB.
+    """
     await attach_file(monitor, names.file, file.descriptor, direct=file.direct)
     grant = commands.grant_node(names.grant, file=names.file, size_bytes=limit_bytes)
     await monitor.execute(commands.blockdev_add(grant))
-    await monitor.execute(commands.blockdev_add(commands.image_node(names.image, file=names.grant)))
+    image = commands.image_node(names.image, file=names.grant, discards=discards)
+    await monitor.execute(commands.blockdev_add(image))
+
+
+async def start_discarding(monitor: Monitor, disks: Sequence[DiskNames]) -> None:
+    """Have images give back what is discarded from now on (not on a QEMU without discard-source: it aborts)."""
+    await monitor.execute(commands.reopen(*(commands.image_node(one.image, file=one.grant) for one in disks)))
 
 
 async def extend(monitor: Monitor, names: DiskNames, limit_bytes: int) -> None:

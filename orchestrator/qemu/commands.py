@@ -86,9 +86,9 @@ def grant_node(name: str, *, file: str, size_bytes: int) -> dict[str, Any]:
     }
 
 
-def image_node(name: str, *, file: str) -> dict[str, Any]:
-    """A qcow2 image that gives back what is discarded."""
-    return {"driver": "qcow2", "node-name": name, "file": file, "discard": "unmap"}
+def image_node(name: str, *, file: str, discards: bool = True) -> dict[str, Any]:
+    """A qcow2 image that gives back what is discarded, if it `discards`, and ignores discarding else."""
+    return {"driver": "qcow2", "node-name": name, "file": file, "discard": "unmap" if discards else "ignore"}
 
 
 def target_node(name: str, *, file: str, incremental: bool) -> dict[str, Any]:

@@ -324,7 +324,9 @@ class _Run:
         )
         self._undo.push("close a fleecing image", partial(_close, disk))
         self._means.controller.attach(gear.lease, disk.plan.disk.id, disk.file)
-        await image.attach(gear.monitor, disk.names, disk.file, estimate.limit(disk.plan.grant_bytes))
+        limit_bytes = estimate.limit(disk.plan.grant_bytes)
+        discards = not self._is_limited_later(disk)
+        await image.attach(gear.monitor, disk.names, disk.file, limit_bytes, discards=discards)
         disk.grant_bytes = disk.plan.grant_bytes
         await gear.keeper.take(disk.plan.disk, disk.names)
 
@@ -367,11 +369,13 @@ class _Run:
 
     async def _limit_coverage(self, monitor: Monitor) -> None:
         """Have guest writes copied only where an incremental backup reads; where QEMU was paused, they are."""
-        if self._pauser is None:
-            # Without fleecing, what is discarded would be discarded in the backup itself.
-            await coverage.limit(
-                monitor, [disk.names for disk in self._facts.disks if disk.incremental and disk.file is not None]
-            )
+        if limited := [disk.names for disk in self._facts.disks if self._is_limited_later(disk)]:
+            await coverage.limit(monitor, limited)
+            await image.start_discarding(monitor, limited)
+
+    def _is_limited_later(self, disk: DiskRun) -> bool:
+        # Without fleecing, what is discarded would be discarded in the backup itself.
+        return self._pauser is None and disk.incremental and disk.plan.storage is not None
 
     async def _finish(self, gear: _Gear, disk: DiskRun, copying: Copying) -> None:
         """Wait for one disk's copy, give back everything that it held, and read the copy back."""

@@ -19,6 +19,8 @@ from orchestrator.target.base import Snapshot, SnapshotDisk
 from orchestrator.units import Share, format_size
 
 MIGRATING = ("setup", "active", "device", "pre-switchover", "postcopy-active", "cancelling")
+OTHERS_SHARE = 16
+"""One byte in so many of what is free is left to whoever else writes there before we are admitted."""
 NOT_NOW = ("inmigrate", "postmigrate", "finish-migrate", "save-vm", "restore-vm", "shutdown")
 
 
@@ -251,7 +253,8 @@ def _grants(
     grants: dict[str, tuple[str, int]] = {}
     for name, needs in by_storage.items():
         # More than the file system has would wait for ever, and others behind it; the least may be freed yet.
-        attainable_bytes = max(room.attainable[name], estimate.least_first_grants(needs))
+        spare_bytes = room.attainable[name] // OTHERS_SHARE
+        attainable_bytes = max(room.attainable[name] - spare_bytes, estimate.least_first_grants(needs))
         first = estimate.first_grants(needs, min(room.quotas[name], attainable_bytes))
         if first is None:
             least = sum(estimate.smallest_grant(need.size_bytes) for need in needs.values())

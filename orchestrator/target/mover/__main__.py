@@ -1,8 +1,6 @@
 """`python -m orchestrator.target.mover FD`: the worker process. FD is its end of a socket; see `process.Mover`."""
 
 import asyncio
-import contextlib
-import ctypes
 import signal
 import socket
 import sys
@@ -10,10 +8,6 @@ import sys
 import uvloop
 
 from orchestrator.target.mover.worker import Worker
-from orchestrator.units import MIB
-
-_M_MMAP_THRESHOLD = -3
-"""From malloc.h."""
 
 
 def main() -> int:
@@ -21,9 +15,6 @@ def main() -> int:
     # `restic unlock` sends SIGHUP to whom a lock names. The terminal's Ctrl-C is for the run, which tells us.
     for number in (signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    # By itself glibc raises this to 32 MiB once such memory was freed, and packs then leave holes that stay.
-    with contextlib.suppress(AttributeError):  # another libc
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MIB)
     control = socket.socket(fileno=int(sys.argv[1]))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(Worker(control).run())

@@ -1,5 +1,7 @@
 """zstd, bounded: what comes out is never longer than what was announced, whatever goes in. Pure."""
 
+import threading
+
 import zstandard
 
 from orchestrator.target.restic.errors import Damaged
@@ -7,9 +9,19 @@ from orchestrator.target.restic.errors import Damaged
 LEVEL = 1
 
 
+class _Own(threading.local):
+    """What each thread has for itself: making one takes a twentieth of the time that a chunk does."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(level=LEVEL)
+
+
+_own = _Own()
+
+
 def compress(plain: bytes | memoryview) -> bytes:
     """Return one zstd frame."""
-    return zstandard.ZstdCompressor(level=LEVEL).compress(plain)
+    return _own.compressor.compress(plain)
 
 
 def decompress(compressed: bytes | memoryview, *, length: int, file: str) -> bytes:

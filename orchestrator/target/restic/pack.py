@@ -7,6 +7,7 @@ plain content. So a repository can be read without any index.
 """
 
 import hashlib
+import mmap
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ CHUNK_BYTES = 4 * MIB
 LARGEST_BLOB_BYTES = 1 << 30
 """Of a blob's plain content: what is longer is not read, so that nobody can have us take all memory."""
 _LARGEST_HEADER_BYTES = 16 * MIB
+_ABOVE_TARGET_BYTES = CHUNK_BYTES + MIB
+"""What a pack of chunks may be longer than it is to be: the last chunk, and a header."""
 
 _LENGTH = struct.Struct("<I")
 _RAW = struct.Struct("<BI32s")
@@ -74,11 +77,17 @@ class SealedBlob:
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """A complete pack. Its name is `identity`, the SHA-256 of `content`."""
+    """A complete pack: the first `length` bytes of `memory`. Its name is `identity`, the SHA-256 of these."""
 
     identity: bytes
-    content: bytes | bytearray
+    memory: mmap.mmap
+    length: int
     entries: tuple[Entry, ...]
+
+    @property
+    def content(self) -> memoryview:
+        """All of it. It begins at the beginning of a page, so that it can be written past the host's cache."""
+        return memoryview(self.memory)[: self.length]
 
 
 def seal_blob(kind: BlobKind, identity: bytes, plain: bytes | memoryview, key: Key) -> SealedBlob:
@@ -109,39 +118,54 @@ def open_blob(sealed: bytes | bytearray, entry: Entry, key: Key, *, file: str, h
 
 
 class PackBuilder:
-    """A pack that fills up. Blobs of one kind only: `restic prune` writes mixed ones anew."""
+    """A pack that fills up. Blobs of one kind only: `restic prune` writes mixed ones anew.
 
-    def __init__(self, kind: BlobKind, target_bytes: int) -> None:
+    `memory` is that of a pack that is not needed any more. New memory is dear: the kernel clears each page of it.
+    """
+
+    def __init__(self, kind: BlobKind, target_bytes: int, memory: mmap.mmap | None = None) -> None:
         self.kind = kind
         self._target_bytes = target_bytes
-        self._content = bytearray()
+        self._memory = memory or mmap.mmap(-1, target_bytes + _ABOVE_TARGET_BYTES)
+        self._length = 0
         self._entries: list[Entry] = []
 
     def __len__(self) -> int:
-        return len(self._content)
+        return self._length
 
     @property
     def full(self) -> bool:
         """Whether it has reached the size that packs are to have."""
-        return len(self._content) >= self._target_bytes
+        return self._length >= self._target_bytes
 
     def add(self, blob: SealedBlob) -> Entry:
         """Put a blob at its end; return where it is."""
-        entry = Entry(blob.kind, blob.identity, len(self._content), len(blob.sealed), blob.plain_bytes)
+        entry = Entry(blob.kind, blob.identity, self._length, len(blob.sealed), blob.plain_bytes)
+        self._append(blob.sealed)
         self._entries.append(entry)
-        self._content += blob.sealed
         return entry
 
-    def sealed(self, entry: Entry) -> bytearray:
-        """Return a copy of a blob in it. May be called at any time, from any thread."""
-        return self._content[entry.offset : entry.offset + entry.length]
+    def sealed(self, entry: Entry) -> bytes:
+        """Return a copy of a blob in it. From any thread, until its memory is somebody else's."""
+        return self._memory[entry.offset : entry.offset + entry.length]
 
     def finish(self, key: Key) -> Pack:
         """Return the pack. It must have a blob, and cannot be used afterwards."""
         header = key.seal(encode_header(self._entries))
-        self._content += header
-        self._content += _LENGTH.pack(len(header))
-        return Pack(hashlib.sha256(self._content).digest(), self._content, tuple(self._entries))
+        self._append(header)
+        self._append(_LENGTH.pack(len(header)))
+        with memoryview(self._memory) as view:
+            identity = hashlib.sha256(view[: self._length]).digest()
+        return Pack(identity, self._memory, self._length, tuple(self._entries))
+
+    def _append(self, part: bytes | bytearray) -> None:
+        end = self._length + len(part)
+        if end > len(self._memory):  # for a large tree
+            larger = mmap.mmap(-1, 2 * end)
+            larger[: self._length] = self._memory[: self._length]
+            self._memory = larger
+        self._memory[self._length : end] = part
+        self._length = end
 
 
 def encode_header(entries: Sequence[Entry]) -> bytes:

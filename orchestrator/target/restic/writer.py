@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from orchestrator import aio
 from orchestrator.errors import TargetError
@@ -33,6 +33,9 @@ from orchestrator.target.restic.pack import CHUNK_BYTES, BlobKind, Entry, Pack, 
 from orchestrator.target.restic.snapshot import ResticSnapshot
 from orchestrator.target.restic.tree import FileContent, FileNode
 from orchestrator.units import MIB
+
+if TYPE_CHECKING:
+    import mmap
 
 VM_FILE: Final = "vm.json"
 _NOTHING: Final = FileContent(0, ())
@@ -91,8 +94,11 @@ class Writer:
         self._pending: dict[tuple[BlobKind, bytes], _Pending] = {}
         self._untold: dict[tuple[BlobKind, bytes], int] = {}  # what they take, of those whose adding failed
         self._open: list[PackBuilder] = []  # those that no thread is filling right now
+        self._spare: list[mmap.mmap] = []  # of packs that are saved
         self._unsaved: list[_Unsaved] = []
-        self._unlisted: list[Pack] = []  # saved, and in no index file yet
+        self._unlisted: list[
+            tuple[bytes, tuple[Entry, ...]]
+        ] = []  # packs that are saved, and in no index file yet
         self.written = Written()
 
     def add_chunk(self, chunk: bytes | memoryview) -> tuple[bytes, int]:
@@ -112,10 +118,11 @@ class Writer:
             while (pending := self._pending.get((BlobKind.DATA, identity))) is not None and pending.at is None:
                 self._check_broken()
                 self._sealed.wait()
-        if pending is None or pending.at is None:
-            return None
-        builder, entry = pending.at
-        return pack.open_blob(builder.sealed(entry), entry, self._key, file="a pack that is not saved yet")
+            if pending is None or pending.at is None:
+                return None
+            builder, entry = pending.at
+            sealed = builder.sealed(entry)  # before the pack is saved: then its memory is for others
+        return pack.open_blob(sealed, entry, self._key, file="a pack that is not saved yet")
 
     async def write_file_tree(
         self,
@@ -260,7 +267,8 @@ class Writer:
             for at, builder in enumerate(self._open):
                 if builder.kind is kind:
                     return self._open.pop(at)
-        return PackBuilder(kind, self._pack_bytes)
+            memory = self._spare.pop() if self._spare and kind is BlobKind.DATA else None
+        return PackBuilder(kind, self._pack_bytes, memory)
 
     def _close(self, builder: PackBuilder) -> None:
         made = builder.finish(self._key)
@@ -271,10 +279,10 @@ class Writer:
         """Make an index file of the packs that are saved, if they have so many blobs."""
         with self._turn:
             packs = self._unlisted
-            if sum(len(made.entries) for made in packs) < at_least:
+            if sum(len(entries) for _, entries in packs) < at_least:
                 return
             self._unlisted = []
-        content = index_file.seal(((made.identity, made.entries) for made in packs), self._key)
+        content = index_file.seal(packs, self._key)
         with self._turn:
             self._unsaved.append(_Unsaved(File(Kind.INDEX, hashlib.sha256(content).digest()), content))
 
@@ -300,4 +308,6 @@ class Writer:
         with self._turn:
             for entry in made.entries:
                 self._pending.pop((entry.kind, entry.identity), None)
-            self._unlisted.append(dataclasses.replace(made, content=b""))
+            self._unlisted.append((made.identity, made.entries))
+            if made.entries[0].kind is BlobKind.DATA:
+                self._spare.append(made.memory)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
 
-Content = bytes | bytearray
+Content = bytes | bytearray | memoryview
 PATIENCE = timedelta(minutes=5)
 """For so long a server that does not answer is asked again."""
 _ID = re.compile(r"[0-9a-f]{64}", re.ASCII)
