@@ -35,6 +35,10 @@ class PassingMonitor(Monitor):
     def connected(self) -> bool:
         return self._inner.connected
 
+    @property
+    def process(self) -> str:
+        return self._inner.process
+
     async def reconnect(self, *, deadline_seconds: float) -> None:
         await self._inner.reconnect(deadline_seconds=deadline_seconds)
 

@@ -7,6 +7,8 @@ What an implementation promises:
 - Every wait ends: with a reply, with CommandTimeout, or with ConnectionLost. After the last two the command's
   outcome is unknown: query before doing anything else.
 - An event stream that is open when the connection is lost raises ConnectionLost; it never goes silent.
+- It is a connection to one QEMU process. It never goes on with another one that took its place at the socket:
+  what was done to the first one is gone with it.
 - Cancelling any method leaves the connection usable; the command may still have been carried out.
 """
 
@@ -148,11 +150,17 @@ class Monitor(abc.ABC):
     def connected(self) -> bool:
         """Whether commands can be sent right now."""
 
+    @property
+    @abc.abstractmethod
+    def process(self) -> str:
+        """Which QEMU process it is connected to: the same text as long as that lives, without blanks."""
+
     @abc.abstractmethod
     async def reconnect(self, *, deadline_seconds: float) -> None:
         """Connect again after a loss, trying with growing pauses until the deadline.
 
-        Returns at once if connected. Raises ConnectFailed.
+        Returns at once if connected. Raises NobodyThere ("vm-gone") as soon as it is known that the process has
+        ended, because nobody listens any more or another one does; else ConnectFailed at the deadline.
         """
 
 

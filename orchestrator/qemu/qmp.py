@@ -77,6 +77,7 @@ class QmpMonitor(Monitor):
         self._client.events.event_filter = lambda _event: False
         self._client.register_listener(_Forwarder(self._router))
         self._socket: socket.socket | None = None
+        self._process = ""
         self._descriptor_lock = asyncio.Lock()
         self._descriptor_astray = False
         self._connect_lock = asyncio.Lock()
@@ -84,6 +85,10 @@ class QmpMonitor(Monitor):
     @property
     def connected(self) -> bool:
         return bool(self._client.runstate == Runstate.RUNNING)
+
+    @property
+    def process(self) -> str:
+        return self._process
 
     async def open(self, *, deadline_seconds: float) -> None:
         """Connect once. Raises ConnectFailed; cancellation leaves nothing open."""
@@ -115,8 +120,11 @@ class QmpMonitor(Monitor):
         dialled = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         dialled.setblocking(False)
         try:
+            # Looked at before, too: QEMU has room for one that knocks, and does not see at once that it left.
+            self._same_process()
             # Never blocks: a unix socket connects at once, or fails (EAGAIN if its backlog is full).
             dialled.connect(str(self._path))
+            self._process = self._same_process()
         except OSError as error:
             dialled.close()
             failure = NobodyThere if error.errno in (errno.ENOENT, errno.ECONNREFUSED) else ConnectFailed
@@ -125,7 +133,21 @@ class QmpMonitor(Monitor):
                 hint="is the VM running, with -qmp unix:PATH,server=on,wait=off, and may this"
                 " user open the socket?",
             ) from error
+        except NobodyThere:
+            dialled.close()
+            raise
         return dialled
+
+    def _same_process(self) -> str:
+        """Which process it is: each start of a VM makes a new socket. Who listens would not do: it may be libvirt.
+
+        Raises NobodyThere if it was another one, OSError.
+        """
+        made = self._path.stat()
+        process = f"{made.st_ino}-{made.st_mtime_ns}"
+        if self._process not in ("", process):
+            raise NobodyThere(f"VM {self._vm}: another QEMU process listens at {self._path} now")
+        return process
 
     async def close(self) -> None:
         """Disconnect if connected. Never raises and never hangs, even if QEMU stopped reading."""
@@ -160,6 +182,12 @@ class QmpMonitor(Monitor):
             left_seconds = give_up - loop.time()
             try:
                 await self.open(deadline_seconds=max(0.1, min(CONNECT_SECONDS, left_seconds)))
+            except NobodyThere as error:
+                raise NobodyThere(
+                    f"VM {self._vm}: its QEMU has ended: {error.message}",
+                    hint="was it shut down, or did it crash? Its own log may say more",
+                    code="vm-gone",
+                ) from error
             except ConnectFailed:
                 if loop.time() + pause_seconds >= give_up:
                     raise

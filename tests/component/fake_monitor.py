@@ -76,6 +76,10 @@ class FakeMonitor(Monitor):
     def connected(self) -> bool:
         return self in self._qemu.monitors
 
+    @property
+    def process(self) -> str:
+        return str(id(self._qemu))
+
     def open(self) -> None:
         """Connect. Raises ConnectFailed."""
         if not self._qemu.alive:
@@ -190,9 +194,10 @@ class FakeMonitor(Monitor):
             await asyncio.sleep(0)
             try:
                 self.open()
+            except NobodyThere as error:
+                raise NobodyThere(f"VM {self._vm}: its QEMU has ended", code="vm-gone") from error
             except ConnectFailed:
-                # Nobody waits in tests for a QEMU that is gone for good.
-                if not self._qemu.alive or asyncio.get_running_loop().time() >= give_up:
+                if asyncio.get_running_loop().time() >= give_up:
                     raise
                 await asyncio.sleep(0.01)
 

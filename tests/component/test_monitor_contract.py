@@ -254,12 +254,31 @@ async def test_reconnecting_while_connected_changes_nothing(monitor: Monitor) ->
             assert (await events.next()).name == "RESUME"
 
 
-async def test_reconnecting_to_a_qemu_that_is_gone_fails(rig: Rig, monitor: Monitor) -> None:
+async def test_reconnecting_to_a_qemu_that_is_gone_fails_at_once(rig: Rig, monitor: Monitor) -> None:
     await rig.kill()
     async with asyncio.timeout(SOON_SECONDS):
-        with pytest.raises(NobodyThere):
-            await monitor.reconnect(deadline_seconds=0.3)
+        with pytest.raises(NobodyThere) as gone:
+            await monitor.reconnect(deadline_seconds=100 * SOON_SECONDS)
+    assert gone.value.code == "vm-gone"
     assert not monitor.connected
+
+
+async def test_another_process_at_the_same_socket_is_not_taken_for_the_first_one() -> None:
+    with tempfile.TemporaryDirectory(prefix="vmf") as folder:
+        async with real(Path(folder)) as first, first.connect(first.path) as monitor:
+            process = monitor.process
+            first.cut(monitor)
+            await monitor.reconnect(deadline_seconds=SOON_SECONDS)
+            assert monitor.process == process
+            await first.kill()
+            async with real(Path(folder)) as second:
+                for _ in range(2):
+                    with pytest.raises(NobodyThere) as gone:
+                        await monitor.reconnect(deadline_seconds=SOON_SECONDS)
+                    assert gone.value.code == "vm-gone"
+                    assert not monitor.connected
+                async with second.connect(second.path) as another:  # nobody holds it
+                    assert another.process != process
 
 
 async def test_reconnecting_to_a_monitor_that_somebody_else_holds_does_not_say_that_qemu_is_gone(
