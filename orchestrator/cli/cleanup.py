@@ -17,9 +17,9 @@ async def cleanup(config: Config, arguments: argparse.Namespace) -> int:
     """Do it, or in a dry run say what would be done. Raises StateError: a daemon does it by itself."""
     async with engine.opened(config, recover=False) as opened:
         if arguments.dry_run:
-            repaired = [Repaired(repair) for repair in await opened.reconciler().plan()]
+            repaired = [Repaired(repair) for repair in await opened.reconciler.plan()]
         else:
-            repaired = await opened.reconciler().put_right()
+            repaired = await opened.reconciler.put_right()
     if arguments.json:
         render.print_json({"dry_run": arguments.dry_run, "repairs": [_document(one) for one in repaired]})
     else:

@@ -190,7 +190,7 @@ async def _take_out(monitor: Monitor, prefix: str, pauser: Pauser | None, *, rol
     )
     replies: list[Any] = []
     if taking_out and pauser is not None:
-        replies, _ = await pauser.run(taking_out)
+        replies, _ = await pauser.run(taking_out, unentered=True)
     elif taking_out:
         replies = await monitor.pipeline(taking_out)
     for fdset in await monitor.execute(commands.QUERY_FDSETS):

@@ -173,7 +173,8 @@ class _Run:
         async with self._means.connect(self._vm.qmp, vm=self._vm.name) as monitor:
             self._capabilities = capabilities.from_schema(await monitor.execute(commands.QUERY_SCHEMA))
             if not self._capabilities.discard_source:
-                self._pauser = Pauser(monitor)
+                journal = self._means.journal
+                self._pauser = Pauser(monitor, self._vm.qmp, journal, vm=self._vm.name, run=self._run)
             await survey.settle_leftovers(monitor, self._vm.name, self._pauser, self._means.is_ours)
             await self._forget_dead_runs()
             settled = await self._settle_bitmaps(monitor)

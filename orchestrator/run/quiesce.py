@@ -7,7 +7,7 @@ same: the run ends with a warning, and the snapshot is only as consistent as aft
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Container
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from orchestrator import aio
 from orchestrator.errors import AgentError
 from orchestrator.qemu import agent
 from orchestrator.qemu.agent import GuestAgent
-from orchestrator.state.journal import Act, Intent, Journal
+from orchestrator.state.journal import Act, Intent, Journal, Promise
 
 log = structlog.get_logger(__name__)
 
@@ -51,8 +51,7 @@ async def frozen(path: Path, journal: Journal, *, vm: str, run: str) -> AsyncIte
             freeze.problem = str(error)
             yield freeze
             return
-        intending = asyncio.to_thread(journal.intend, Act.FREEZE, vm=vm, run=run, subject=str(path))
-        intent = await aio.acquire(intending, lambda made: asyncio.to_thread(journal.settled, made))
+        intent = await Promise(journal, Act.FREEZE, vm, run, str(path)).enter()
         try:
             try:
                 freeze.file_systems = await guest.freeze()
@@ -84,22 +83,18 @@ async def _thaw(guest: GuestAgent, intent: Intent, journal: Journal) -> str:
     return ""
 
 
-async def recover(journal: Journal, *, running: Container[str]) -> None:
-    """Thaw what dead runs left frozen; may be called again until all agents have said so. Raises StateError.
+async def recover(intent: Intent, journal: Journal) -> None:
+    """Thaw what a dead run left frozen; may be called again until the agent has said so.
 
-    `running` are the runs under way, which do that themselves.
+    What an agent that nobody serves any more had frozen is forgotten. Raises AgentError, StateError.
     """
-    left = [one for one in await asyncio.to_thread(journal.open) if one.run not in running]
-    await asyncio.gather(*(_recover(one, journal) for one in left))
-
-
-async def _recover(intent: Intent, journal: Journal) -> None:
-    with structlog.contextvars.bound_contextvars(vm=intent.vm, run=intent.run):
-        try:
-            async with agent.connected(Path(intent.subject), vm=intent.vm) as guest:
-                await _thaw(guest, intent, journal)
-        except AgentError as error:
-            if error.code == agent.ABSENT:  # so is the guest that was frozen
-                await asyncio.to_thread(journal.settled, intent)
-            else:
-                log.warning("guest.unthawed", error=str(error))
+    try:
+        async with agent.connected(Path(intent.subject), vm=intent.vm) as guest:
+            await guest.thaw()
+    except AgentError as error:
+        if error.code != agent.ABSENT:  # else the guest that was frozen is gone, too
+            log.warning("guest.unthawed", error=str(error))
+            raise
+    else:
+        log.info("guest.thawed")
+    await asyncio.to_thread(journal.settled, intent)

@@ -10,6 +10,7 @@ from enum import StrEnum
 
 from orchestrator.admission.ledger.base import Holding
 from orchestrator.fleecing.names import run_of
+from orchestrator.state import journal
 from orchestrator.state.journal import Intent
 from orchestrator.units import format_size
 
@@ -17,6 +18,7 @@ from orchestrator.units import format_size
 class Act(StrEnum):
     """What is done, in this order: a guest first."""
 
+    CONTINUE = "continue"
     THAW = "thaw"
     TAKE_OUT = "take-out"
     SETTLE_BITMAPS = "settle-bitmaps"
@@ -70,7 +72,7 @@ class Repair:
 
 def decide(evidence: Evidence, *, host: str, ours: Container[str], running: Container[str]) -> list[Repair]:
     """What to do, in the order in which it is done. `ours` are the runs that were ever ours, on this `host`."""
-    repairs = [*_thaws(evidence.intents, running)]
+    repairs = [*_guests(evidence.intents, running)]
     for vm in evidence.vms:
         repairs += _in_qemu(vm, ours, running)
     by_monitor = {vm.monitor: vm for vm in evidence.vms}
@@ -83,9 +85,13 @@ def decide(evidence: Evidence, *, host: str, ours: Container[str], running: Cont
     return sorted(repairs, key=lambda repair: order.index(repair.act))
 
 
-def _thaws(intents: Iterable[Intent], running: Container[str]) -> Iterable[Repair]:
+def _guests(intents: Iterable[Intent], running: Container[str]) -> Iterable[Repair]:
     for intent in intents:
-        if intent.run not in running:
+        if intent.run in running:
+            continue
+        if intent.act is journal.Act.PAUSE:
+            yield Repair(Act.CONTINUE, intent.vm, intent.run, "its guest was paused, and is not known to go on")
+        else:
             yield Repair(Act.THAW, intent.vm, intent.run, "its guest was frozen, and is not known to be thawed")
 
 

@@ -1,6 +1,7 @@
 """Asking a VM what it is and what may be done to it, before anything is done."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 
 import structlog
 
+from orchestrator import aio
 from orchestrator.admission import history
-from orchestrator.errors import RefusedError, StorageError
+from orchestrator.errors import RefusedError, StorageError, VmfleeceError
 from orchestrator.fleecing import graph
 from orchestrator.fleecing.names import run_of, run_prefix
 from orchestrator.fleecing.pauser import Pauser
@@ -19,10 +21,14 @@ from orchestrator.qemu.capabilities import Capabilities
 from orchestrator.qemu.commands import PREFIX
 from orchestrator.qemu.monitor import Monitor
 from orchestrator.run.plan import Past, Plan, Room, Situation, check_situation, choose_disks, plan
+from orchestrator.state.journal import Journal
 from orchestrator.storage.base import Storage
 from orchestrator.units import Share
 
 log = structlog.get_logger(__name__)
+
+CLEANUP = "cleanup"
+"""Who pauses a guest in the journal, if that is no run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +90,16 @@ async def survey(
     )
 
 
-async def recover(monitor: Monitor, vm: str, is_ours: Callable[[str], bool]) -> None:
-    """Take out what dead runs left in a QEMU, whatever its version. Raises what `settle_leftovers` raises."""
+async def recover(
+    monitor: Monitor, vm: str, is_ours: Callable[[str], bool], *, path: Path, journal: Journal
+) -> None:
+    """Take out what dead runs left in the QEMU at `path`, whatever its version.
+
+    Raises what `settle_leftovers` raises.
+    """
     can = capabilities.from_schema(await monitor.execute(commands.QUERY_SCHEMA))
-    await settle_leftovers(monitor, vm, None if can.discard_source else Pauser(monitor), is_ours)
+    pauser = None if can.discard_source else Pauser(monitor, path, journal, vm=vm, run=CLEANUP)
+    await settle_leftovers(monitor, vm, pauser, is_ours)
 
 
 async def settle_leftovers(
@@ -105,7 +117,13 @@ async def settle_leftovers(
                 code="foreign-run",
             )
         log.warning("leftovers.found", of_run=run)
-        await graph.dismantle(monitor, run_prefix(run), pauser)
+        try:
+            await graph.dismantle(monitor, run_prefix(run), pauser)
+        except BaseException:
+            if pauser is not None:
+                with contextlib.suppress(VmfleeceError):  # the journal says it to whoever can do it
+                    await aio.finish(pauser.make_good())
+            raise
 
 
 async def our_objects(monitor: Monitor) -> list[str]:

@@ -32,7 +32,7 @@ async def serve(config: Config) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with engine.opened(config) as opened:
+    async with engine.opened(config, supervise=True) as opened:
         await opened.probe_storages()
         status = _Status()
 
@@ -40,7 +40,7 @@ async def serve(config: Config) -> None:
             await opened.run_job(job, on_progress=status.update)
 
         jobs = [scheduler.serve(job, run, opened.catalogue) for job in config.job.values()]
-        looking_after = _reconcile(opened.reconciler())
+        looking_after = _clear_targets(opened.reconciler)
         reclaims = [reclaim.serve(target, opened.gates[name]) for name, target in config.target.items()]
         async with aio.background(systemd.watchdog(), looking_after, *jobs, *reclaims):
             log.info("daemon.ready", pid=os.getpid(), vms=len(config.vm), jobs=len(config.job))
@@ -51,11 +51,11 @@ async def serve(config: Config) -> None:
     log.info("daemon.stopped")
 
 
-async def _reconcile(reconciler: Reconciler) -> None:
-    """Put right what dead runs have left, at once and from time to time. Runs until cancelled."""
+async def _clear_targets(reconciler: Reconciler) -> None:
+    """Remove what dead writers have left, at once and from time to time. Runs until cancelled."""
     while True:
         try:
-            await reconciler.put_right()
+            await reconciler.put_targets_right()
         except VmfleeceError as error:
             log.warning("reconcile.failed", error=str(error))
         await asyncio.sleep(RECONCILE_SECONDS)

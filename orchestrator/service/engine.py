@@ -8,7 +8,8 @@ import asyncio
 import contextlib
 import itertools
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -20,21 +21,22 @@ from orchestrator import aio
 from orchestrator.admission import estimate
 from orchestrator.admission.accounts import Accounts
 from orchestrator.admission.controller import Controller
-from orchestrator.admission.ledger.base import Owner
 from orchestrator.admission.ledger.sqlite import SqliteLedger
 from orchestrator.causes import Cause
 from orchestrator.config import Config
 from orchestrator.config.settings import TargetDriver, TargetSettings
-from orchestrator.errors import NobodyThere, StateError, StorageError, VmfleeceError
+from orchestrator.errors import StateError, StorageError, VmfleeceError
 from orchestrator.model import Phase, Progress, RunOptions, RunResult
 from orchestrator.qemu import qmp
-from orchestrator.run import quiesce, retry, survey
+from orchestrator.qemu.monitor import Monitor
+from orchestrator.run import retry
 from orchestrator.run.backup import Connect, Means, back_up, new_run_id
 from orchestrator.run.prune import prune
 from orchestrator.run.survey import Storages
 from orchestrator.service import api, overview
 from orchestrator.service.reconciler import Reconciler
 from orchestrator.service.status import Status, StorageStatus
+from orchestrator.service.supervisor import Supervisors
 from orchestrator.state import lock
 from orchestrator.state.catalogue import Catalogue
 from orchestrator.state.journal import Journal
@@ -120,14 +122,15 @@ def _target(settings: TargetSettings) -> Target:
 
 @contextlib.asynccontextmanager
 async def opened(
-    config: Config, *, connect: Connect = qmp.connect, recover: bool = True
+    config: Config, *, connect: Connect = qmp.connect, recover: bool = True, supervise: bool = False
 ) -> AsyncIterator["Engine"]:
     """An engine that owns state_dir for the block; `connect` is how it reaches VMs. Raises StateError.
 
-    `recover`: it puts right by itself what dead runs left of guests and grants.
+    `recover`: it puts right by itself what dead runs left of guests and grants. `supervise`: it looks after all
+    VMs all the time, as the daemon does.
     """
     with lock.owned(config.daemon.state_dir):
-        engine = Engine(config, connect)
+        engine = Engine(config, connect, supervise=supervise)
         async with engine.serving(recover=recover):
             yield engine
 
@@ -135,12 +138,11 @@ async def opened(
 class Engine:
     """Runs backups of the configured VMs, each VM's one after the other."""
 
-    def __init__(self, config: Config, connect: Connect) -> None:
+    def __init__(self, config: Config, connect: Connect, *, supervise: bool) -> None:
         self.config = config
         self.catalogue = Catalogue(config.daemon.state_dir)
         self._journal = Journal(config.daemon.state_dir)
         self._started = datetime.now(UTC)
-        self._connect = connect
         self._storages = storages(config)
         targets_by_name = targets(config)
         self._controller = Controller(
@@ -149,42 +151,46 @@ class Engine:
             max_runs=config.daemon.max_runs,
             target_max_runs={name: one.max_runs for name, one in targets_by_name.items()},
         )
+        self.gates = {name: aio.SharedLock() for name in config.target}
+        """Held by each run to a target; alone by who frees space there."""
+        self._vm_locks: dict[str, asyncio.Lock] = {}
+        self._live: dict[str, overview.Live] = {}
+        self._pausing: dict[str, overview.Pausing] = {}
+        self.reconciler = Reconciler(
+            monitors={name: vm.qmp for name, vm in config.vms().items()},
+            targets=targets_by_name,
+            catalogue=self.catalogue,
+            journal=self._journal,
+            controller=self._controller,
+            connect=self._reach,
+            running=lambda: {live.vm: run for run, live in self._live.items()},
+            lock=self._vm_lock,
+        )
+        """What finds all that dead runs have left, anywhere, and puts it right."""
+        self._supervisors = Supervisors(config.vms().values() if supervise else (), connect, self.reconciler)
         self._means = Means(
             storages=storages_for_plans(config, self._storages, self._controller.accounts.used_bytes),
             targets=targets_by_name,
             controller=self._controller,
             is_ours=self.catalogue.knows,
             journal=self._journal,
-            connect=connect,
+            connect=self._reach,
         )
-        self.gates = {name: aio.SharedLock() for name in config.target}
-        """Held by each run to a target; alone by who frees space there."""
-        self._vm_locks: dict[str, asyncio.Lock] = {}
-        self._live: dict[str, overview.Live] = {}
-        self._pausing: dict[str, overview.Pausing] = {}
 
     @contextlib.asynccontextmanager
     async def serving(self, *, recover: bool) -> AsyncIterator[None]:
-        """Hold the ledger, answer on the control socket and take up dead runs' grants, for the block."""
+        """Put guests right, hold the ledger, look after VMs, and answer on the control socket, for the block."""
         async with (
+            aio.background(*([self._guests_first()] if recover else [])),
             self._controller.serving(),
-            api.served(self.config.daemon.run_dir, self.status),
+            self._supervisors.serving(),
             aio.background(*([self._recover()] if recover else [])),
+            api.served(self.config.daemon.run_dir, self.status),
         ):
             yield
 
-    def reconciler(self) -> Reconciler:
-        """What finds all that dead runs have left, anywhere, and puts it right."""
-        return Reconciler(
-            monitors={name: vm.qmp for name, vm in self.config.vms().items()},
-            targets=self._means.targets,
-            catalogue=self.catalogue,
-            journal=self._journal,
-            controller=self._controller,
-            connect=self._connect,
-            running=lambda: {live.vm: run for run, live in self._live.items()},
-            lock=self._vm_lock,
-        )
+    def _reach(self, path: Path, *, vm: str) -> AbstractAsyncContextManager[Monitor]:
+        return self._supervisors.connect(path, vm=vm)
 
     async def probe_storages(self) -> None:
         """Look what each storage's file system can do, and log what it cannot; none of it ends the service."""
@@ -325,31 +331,22 @@ class Engine:
                 granted_bytes[disk.storage] = granted_bytes.get(disk.storage, 0) + disk.grant_bytes
         return all(size < estimate.whole(self._storages[name].quota_bytes) for name, size in granted_bytes.items())
 
-    async def _recover(self) -> None:
-        """Give back what dead runs hold as soon as nothing of them lives. Runs until cancelled."""
+    async def _guests_first(self) -> None:
+        """Continue and thaw what dead runs left paused or frozen, at once and until it is known to be done."""
         while True:
-            await self._thaw()
-            for owner in self._controller.stranded():
-                async with self._vm_lock(owner.vm):  # never beside a run of that VM
-                    if owner in self._controller.stranded():
-                        with structlog.contextvars.bound_contextvars(vm=owner.vm, run=owner.run):
-                            await self._recover_one(owner)
+            await self._try(self.reconciler.put_guests_right())
             await asyncio.sleep(RECOVER_SECONDS)
 
-    async def _thaw(self) -> None:
-        try:
-            await quiesce.recover(self._journal, running=self._live)
-        except VmfleeceError as error:
-            log.warning("journal.unusable", error=str(error))
+    async def _recover(self) -> None:
+        """Put right what dead runs hold where no supervisor does it. Runs until cancelled."""
+        while True:
+            await self._try(self.reconciler.put_stranded_right(but=self._supervisors.monitors))
+            await asyncio.sleep(RECOVER_SECONDS)
 
-    async def _recover_one(self, owner: Owner) -> None:
-        """Take what a dead run left out of its QEMU, if that still lives, and give back what it holds."""
+    async def _try(self, work: Coroutine[Any, Any, object]) -> None:
         try:
-            with contextlib.suppress(NobodyThere):
-                async with self._connect(Path(owner.monitor), vm=owner.vm) as monitor:
-                    await survey.recover(monitor, owner.vm, self.catalogue.knows)
-            await self._controller.forget([owner])
+            await work
         except VmfleeceError as error:
-            log.warning("grant.unrecovered", error=str(error))
+            log.warning("reconcile.failed", error=str(error))
         except Exception:  # it must not end the service, which would start with it again
             log.exception("run.bug")

@@ -1,31 +1,53 @@
-"""Finding what dead runs have left, and putting it right. What is decided: `run.reconcile`."""
+"""Finding what dead runs have left, and putting it right. What is decided: `run.reconcile`.
+
+The one mechanism for it: at start, after each connection to a VM (`supervisor`), from time to time, and as
+`vmfleece cleanup`. Guests come first, and nobody waits for another VM that does not answer.
+"""
 
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Collection, Container, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import structlog
 
 from orchestrator.admission.controller import Controller
+from orchestrator.admission.ledger.base import Holding
 from orchestrator.errors import MonitorError, NobodyThere, TargetError, VmfleeceError
-from orchestrator.fleecing import rotation
+from orchestrator.fleecing import pauser, rotation
 from orchestrator.qemu.monitor import Monitor
 from orchestrator.run import quiesce, reconcile, survey
 from orchestrator.run.backup import Connect
 from orchestrator.run.reconcile import Act, Evidence, Reach, Repair, Vm
+from orchestrator.state import journal as journals
 from orchestrator.state.catalogue import Catalogue
-from orchestrator.state.journal import Journal
+from orchestrator.state.journal import Intent, Journal
 from orchestrator.target.base import Target
 
 log = structlog.get_logger(__name__)
 
+T = TypeVar("T")
+
 ROUNDS = 3
-AT_ONCE = 16
+AT_ONCE = 64
 """VMs that are asked side by side."""
+GUESTS = {Act.CONTINUE: journals.Act.PAUSE, Act.THAW: journals.Act.FREEZE}
+"""What puts a guest right, and what had been done to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Known(Container[str]):
+    """All runs that were ever ours, of which nearly none is ever asked after."""
+
+    catalogue: Catalogue
+
+    def __contains__(self, run: object) -> bool:
+        return self.catalogue.knows(str(run))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,62 +73,118 @@ class Reconciler:
     connect: Connect
     running: Callable[[], Mapping[str, str]]
     lock: Callable[[str], AbstractAsyncContextManager[object]]
+    guests: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    """Held while a VM's guest is put right: an agent serves one client."""
+
+    # --- everything ---
 
     async def plan(self) -> list[Repair]:
         """What would be done now. Raises StateError."""
-        known = await asyncio.to_thread(self.catalogue.runs)
-        running = self.running().values()
-        return reconcile.decide(await self._look(), host=socket.gethostname(), ours=known, running=running)
+        planned = self._decide(intents=await asyncio.to_thread(self.journal.open))
+        for found in await self._at_each(self._places(), self._plan_at):
+            planned += found
+        planned += await self._plan_elsewhere()
+        order = list(Act)
+        return sorted(planned, key=lambda repair: order.index(repair.act))
 
     async def put_right(self) -> list[Repaired]:
-        """Plan and do it, again while something new comes to light: bitmaps are seen once no filter is above them.
+        """Plan and do it: guests first, then VM by VM, side by side. Raises StateError."""
+        done = await self.put_guests_right()
+        for repaired in await self._at_each(self._places(), self.put_vm_right):
+            done += repaired
+        return [*done, *await self.put_targets_right()]
+
+    # --- guests ---
+
+    async def put_guests_right(self, vm: str | None = None) -> list[Repaired]:
+        """Continue what dead runs left paused, and thaw what they left frozen: all guests at once, or one VM's.
 
         Raises StateError.
+        """
+        intents = await asyncio.to_thread(self.journal.open)
+        repairs: defaultdict[str, list[Repair]] = defaultdict(list)
+        for repair in self._decide(intents=[one for one in intents if vm in (None, one.vm)]):
+            repairs[repair.vm].append(repair)
+        done = await asyncio.gather(*(self._one_after_the_other(of_vm) for of_vm in repairs.values()))
+        return [repaired for of_vm in done for repaired in of_vm]
+
+    async def _one_after_the_other(self, repairs: Iterable[Repair]) -> list[Repaired]:
+        return [await self._carry_out(repair) for repair in repairs]
+
+    async def _put_guest_right(self, repair: Repair) -> bool:
+        done = False
+        async with self.guests[repair.vm]:
+            for intent in await asyncio.to_thread(self.journal.open):  # somebody may just have done it
+                if (intent.act, intent.vm, intent.run) != (GUESTS[repair.act], repair.vm, repair.subject):
+                    continue
+                if intent.act is journals.Act.FREEZE:
+                    await quiesce.recover(intent, self.journal)
+                else:
+                    await self._continue(intent)
+                done = True
+        return done
+
+    async def _continue(self, intent: Intent) -> None:
+        with contextlib.suppress(NobodyThere):  # so is the guest that was paused
+            async with self.connect(pauser.monitor_of(intent), vm=intent.vm) as monitor:
+                await pauser.go_on(monitor, intent)
+        await asyncio.to_thread(self.journal.settled, intent)
+
+    # --- one VM ---
+
+    async def put_vm_right(self, vm: str, monitor: str) -> list[Repaired]:
+        """Take out what dead runs left in the QEMU behind a monitor, and give back what they held there.
+
+        Again while something new comes to light: bitmaps are seen once no filter is above them. Raises StateError.
         """
         done: list[Repaired] = []
         for _ in range(ROUNDS):
             told = {one.repair for one in done}
-            news = [repair for repair in await self.plan() if repair not in told]
+            news = [repair for repair in await self._plan_at(vm, monitor) if repair not in told]
             done += await self.carry_out(news)
             if all(repair.act is Act.NOTHING for repair in news):
                 break
+        for one in done:
+            if one.repair.act is Act.NOTHING and self._held_at(monitor):
+                with structlog.contextvars.bound_contextvars(vm=vm, run=one.repair.subject):
+                    log.warning("grant.unrecovered", error=one.repair.reason)
         return done
+
+    async def owes(self, vm: str) -> bool:
+        """Whether a run of a VM that is over has left something that it knew of. Raises StateError."""
+        running = self.running().values()
+        if any(one.owner.vm == vm for one in self._holdings()):
+            return True
+        intents = await asyncio.to_thread(self.journal.open)
+        return any(one.vm == vm and one.run not in running for one in intents)
+
+    async def put_stranded_right(self, *, but: Container[str]) -> None:
+        """The same for each monitor at which dead runs hold grants, except those in `but`. Raises StateError."""
+        await self._at_each({one: vm for one, vm in self._stranded().items() if one not in but}, self.put_vm_right)
 
     async def carry_out(self, repairs: Sequence[Repair]) -> list[Repaired]:
         """Do it, in this order. What fails stops nothing but that its VM's grants are given back."""
         done: list[Repaired] = []
         for repair in repairs:
-            with structlog.contextvars.bound_contextvars(vm=repair.vm):
-                held = [one.error for one in done if one.error and one.repair.vm == repair.vm]
-                if repair.act is Act.GIVE_BACK and held:  # its QEMU may still hold the image
-                    done.append(Repaired(repair, held[0]))
-                else:
-                    done.append(await self._carry_out(repair))
+            held = [one.error for one in done if one.error and one.repair.vm == repair.vm]
+            if repair.act is Act.GIVE_BACK and held:  # its QEMU may still hold the image
+                done.append(Repaired(repair, held[0]))
+            else:
+                done.append(await self._carry_out(repair))
         return done
 
-    async def _look(self) -> Evidence:
-        """Raises StateError."""
-        holdings = self.controller.accounts.stranded.values()
-        places = {str(path): vm for vm, path in self.monitors.items()}
-        places |= {one.owner.monitor: one.owner.vm for one in holdings if one.owner.host == socket.gethostname()}
-        turn = asyncio.Semaphore(AT_ONCE)
+    async def _plan_at(self, vm: str, monitor: str) -> list[Repair]:
+        found = await self._look(vm, monitor)
+        return self._decide(vms=[found] if found else [], holdings=self._held_at(monitor))
 
-        async def ask(monitor: str, vm: str) -> Vm | None:
-            async with turn:
-                if vm in self.running():
-                    return None
-                async with self.lock(vm):  # a monitor serves one client
-                    return await self._ask(monitor, vm)
+    async def _look(self, vm: str, monitor: str) -> Vm | None:
+        """What is in its QEMU; None while it is backed up."""
+        if vm in self.running():
+            return None
+        async with self.lock(vm):
+            return await self._ask(vm, monitor)
 
-        asked = await asyncio.gather(*(ask(monitor, vm) for monitor, vm in places.items()))
-        return Evidence(
-            vms=[vm for vm in asked if vm is not None],
-            intents=await asyncio.to_thread(self.journal.open),
-            holdings=list(holdings),
-            leftovers=await self._leftovers(),
-        )
-
-    async def _ask(self, monitor: str, vm: str) -> Vm:
+    async def _ask(self, vm: str, monitor: str) -> Vm:
         try:
             async with self.connect(Path(monitor), vm=vm) as connection:
                 objects = await survey.our_objects(connection)
@@ -128,6 +206,17 @@ class Reconciler:
                     found.append(name)
         return found
 
+    # --- targets, and other hosts ---
+
+    async def put_targets_right(self) -> list[Repaired]:
+        """Remove what dead writers left on targets. Raises StateError."""
+        return await self.carry_out(await self._plan_elsewhere())
+
+    async def _plan_elsewhere(self) -> list[Repair]:
+        here = socket.gethostname()
+        others = [one for one in self._holdings() if one.owner.host != here]
+        return self._decide(holdings=others, leftovers=await self._leftovers())
+
     async def _leftovers(self) -> dict[str, Sequence[str]]:
         found: dict[str, Sequence[str]] = {}
         for name, target in self.targets.items():
@@ -137,27 +226,79 @@ class Reconciler:
                 log.warning("target.unlisted", target=name, error=str(error))
         return found
 
+    # --- deciding and acting ---
+
+    def _decide(
+        self,
+        *,
+        vms: Sequence[Vm] = (),
+        intents: Sequence[Intent] = (),
+        holdings: Sequence[Holding] = (),
+        leftovers: Mapping[str, Sequence[str]] | None = None,
+    ) -> list[Repair]:
+        evidence = Evidence(vms, intents, holdings, leftovers or {})
+        running = self.running().values()
+        return reconcile.decide(evidence, host=socket.gethostname(), ours=_Known(self.catalogue), running=running)
+
+    def _holdings(self) -> Collection[Holding]:
+        return self.controller.accounts.stranded.values()
+
+    def _held_at(self, monitor: str) -> list[Holding]:
+        here = socket.gethostname()
+        return [one for one in self._holdings() if (one.owner.host, one.owner.monitor) == (here, monitor)]
+
+    def _stranded(self) -> dict[str, str]:
+        """VMs by the monitors at which dead runs of this host hold grants."""
+        here = socket.gethostname()
+        return {one.owner.monitor: one.owner.vm for one in self._holdings() if one.owner.host == here}
+
+    def _places(self) -> dict[str, str]:
+        """VMs by monitor: those configured, and those that have been and where something may be left."""
+        return self._stranded() | {str(path): vm for vm, path in self.monitors.items()}
+
+    async def _at_each(
+        self, places: Mapping[str, str], act: Callable[[str, str], Awaitable[list[T]]]
+    ) -> list[list[T]]:
+        turn = asyncio.Semaphore(AT_ONCE)
+
+        async def at(vm: str, monitor: str) -> list[T]:
+            async with turn:
+                return await act(vm, monitor)
+
+        return await asyncio.gather(*(at(vm, monitor) for monitor, vm in places.items()))
+
     async def _carry_out(self, repair: Repair) -> Repaired:
         if repair.act is Act.NOTHING:
             return Repaired(repair)
-        try:
-            async with self.lock(repair.vm) if repair.vm else contextlib.nullcontext():
-                if repair.vm in self.running():
-                    return Repaired(repair)  # a run that began meanwhile has seen to it
-                await self._act(repair)
-        except VmfleeceError as error:
-            log.warning("repair.failed", act=repair.act, subject=repair.subject, error=str(error))
-            return Repaired(repair, error)
-        log.info("repair.done", act=repair.act, subject=repair.subject, reason=repair.reason)
-        return Repaired(repair)
+        with structlog.contextvars.bound_contextvars(vm=repair.vm):
+            try:
+                acted = await self._act(repair)
+            except VmfleeceError as error:
+                log.warning("repair.failed", act=repair.act, subject=repair.subject, error=str(error))
+                return Repaired(repair, error)
+            if acted:
+                log.info("repair.done", act=repair.act, subject=repair.subject, reason=repair.reason)
+            return Repaired(repair)
 
-    async def _act(self, repair: Repair) -> None:
+    async def _act(self, repair: Repair) -> bool:
+        """Whether it was still to be done."""
+        if repair.act in GUESTS:
+            return await self._put_guest_right(repair)
+        if repair.act is Act.CLEAR_TARGET:
+            await self.targets[repair.subject].clear()
+            return True
+        async with self.lock(repair.vm):
+            if repair.vm in self.running():  # a run that began meanwhile has seen to it
+                return False
+            await self._act_on_vm(repair)
+            return True
+
+    async def _act_on_vm(self, repair: Repair) -> None:
         match repair.act:
-            case Act.THAW:
-                await quiesce.recover(self.journal, running=self.running().values())
             case Act.TAKE_OUT:
-                async with self.connect(self._monitor_of(repair), vm=repair.vm) as monitor:
-                    await survey.recover(monitor, repair.vm, self.catalogue.knows)
+                path = self._monitor_of(repair)
+                async with self.connect(path, vm=repair.vm) as monitor:
+                    await survey.recover(monitor, repair.vm, self.catalogue.knows, path=path, journal=self.journal)
             case Act.SETTLE_BITMAPS:
                 listed = [one.id for one in await self.targets[repair.subject].snapshots(repair.vm)]
                 async with self.connect(self.monitors[repair.vm], vm=repair.vm) as monitor:
@@ -165,8 +306,6 @@ class Reconciler:
             case Act.GIVE_BACK:
                 owners = [one for one in self.controller.stranded() if one.run == repair.subject]
                 await self.controller.forget(owners)
-            case Act.CLEAR_TARGET:
-                await self.targets[repair.subject].clear()
 
     def _monitor_of(self, repair: Repair) -> Path:
         """A run that holds grants says itself where its VM was asked."""

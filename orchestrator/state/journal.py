@@ -4,10 +4,12 @@ An entry that is there after a restart, or although its run is over, says what h
 was done is not known, so putting it right must do no harm either way.
 """
 
+import asyncio
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from orchestrator import aio
 from orchestrator.state.database import Database
 
 VERSION = 1
@@ -26,11 +28,16 @@ class Act(StrEnum):
     """What is done, and has to be undone whatever happens to us."""
 
     FREEZE = "freeze"
+    PAUSE = "pause"
 
 
 @dataclass(frozen=True, slots=True)
 class Intent:
-    """An entry. `subject` is what the act is done through: of a freeze, the path of the agent's socket."""
+    """An entry. `subject` is what the act is done through.
+
+    Of a freeze, the path of the agent's socket; of a pause, the QEMU process (`Monitor.process`), a blank and the
+    path of its monitor.
+    """
 
     id: int
     act: Act
@@ -66,3 +73,23 @@ class Journal:
         with self._database.transaction() as connection:
             rows = connection.execute("SELECT id, act, vm, run, subject FROM intents ORDER BY id").fetchall()
         return [Intent(number, Act(act), vm, run, subject) for number, act, vm, run, subject in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """An act as it will be entered: by whoever does it, right before."""
+
+    journal: Journal
+    act: Act
+    vm: str
+    run: str
+    subject: str
+
+    async def enter(self) -> Intent:
+        """Raises StateError. Cancelled, it is not entered."""
+        entering = asyncio.to_thread(self.journal.intend, self.act, vm=self.vm, run=self.run, subject=self.subject)
+        return await aio.acquire(entering, self.settled)
+
+    async def settled(self, intent: Intent) -> None:
+        """Raises StateError."""
+        await asyncio.to_thread(self.journal.settled, intent)

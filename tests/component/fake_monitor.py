@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -210,20 +211,34 @@ class FakeMonitor(Monitor):
 
 @dataclass
 class FakeHost:
-    """Where the monitors' sockets are: QEMUs by path. `connect` is what a run is given."""
+    """Where the monitors' sockets are: QEMUs by path. `connect` is what a run is given.
+
+    `connects` counts, by VM, how often it was tried to connect.
+    """
 
     qemus: dict[Path, FakeQemu] = field(default_factory=dict)
     troubles: Troubles = field(default_factory=Troubles)
+    connects: Counter[str] = field(default_factory=Counter)
 
     @contextlib.asynccontextmanager
-    async def connect(self, path: Path, *, vm: str, deadline_seconds: float = 10) -> AsyncIterator[FakeMonitor]:  # noqa: ARG002
+    async def connect(self, path: Path, *, vm: str, deadline_seconds: float = 10) -> AsyncIterator[FakeMonitor]:
         """Like qmp.connect."""
+        self.connects[vm] += 1
         if path not in self.qemus:
             raise NobodyThere(f"VM {vm}: cannot connect to {path}: No such file or directory")
         monitor = FakeMonitor(self.qemus[path], vm=vm, troubles=self.troubles)
         await asyncio.sleep(0)
         try:
+            await self._greeted(self.qemus[path], deadline_seconds)
             monitor.open()
             yield monitor
         finally:
             monitor.close()
+
+    async def _greeted(self, qemu: FakeQemu, deadline_seconds: float) -> None:
+        try:
+            async with asyncio.timeout(deadline_seconds):
+                while qemu.silent:
+                    await asyncio.sleep(0.01)
+        except TimeoutError as error:
+            raise ConnectFailed("accepted the connection but sent no greeting") from error

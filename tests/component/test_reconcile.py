@@ -58,15 +58,15 @@ async def test_all_that_is_left_is_put_right_and_a_dry_run_only_tells(
         intents.intend(journal.Act.FREEZE, vm="web01", run=OTHER_RUN, subject=str(tmp_path / "web01.qga"))
         was = state(world)
         async with opened(world, recover=False) as one:
-            planned = await one.reconciler().plan()
+            planned = await one.reconciler.plan()
             assert [repair.act for repair in planned] == [Act.THAW, Act.TAKE_OUT, Act.GIVE_BACK]
             assert state(world) == was
             assert (agent.frozen, await held(world)) == (2, 100 * MIB)
-            repaired = await one.reconciler().put_right()
+            repaired = await one.reconciler.put_right()
             assert [done.repair for done in repaired[:3]] == planned
             assert [done.repair.act for done in repaired[3:]] == [Act.SETTLE_BITMAPS]
             assert [done.error for done in repaired] == [None] * 4
-            assert await one.reconciler().plan() == []
+            assert await one.reconciler.plan() == []
             assert (agent.frozen, await held(world)) == (0, 0)
             assert list(own) == [name_of("main", world.fake_target.listed[0].id)]
             await backed_up(one)
@@ -79,9 +79,9 @@ async def test_what_is_a_strangers_is_told_and_left(world: World) -> None:
     own["vmfleece:elsewhere:web01/1"] = own["libvirt-1"] = Bitmap()
     was = state(world)
     async with opened(world, recover=False) as one:
-        (repair,) = planned = await one.reconciler().plan()
+        (repair,) = planned = await one.reconciler.plan()
         assert (repair.act, repair.subject) == (Act.NOTHING, OTHER_RUN)
-        await one.reconciler().carry_out(planned)
+        await one.reconciler.carry_out(planned)
     assert state(world) == was
 
 
@@ -90,7 +90,7 @@ async def test_bitmaps_are_left_alone_if_their_target_lists_nothing(world: World
     async with opened(world, recover=False) as one:
         await backed_up(one)
         world.fake_target.listed.clear()
-        assert await one.reconciler().plan() == []
+        assert await one.reconciler.plan() == []
 
 
 async def test_a_grant_stays_if_taking_out_fails(world: World) -> None:
@@ -100,9 +100,9 @@ async def test_a_grant_stays_if_taking_out_fails(world: World) -> None:
     await left_by_a_dead_process(world)
     world.troubles.on("blockdev-del", Trouble.REFUSED)
     async with opened(world, recover=False) as one:
-        planned = await one.reconciler().plan()
+        planned = await one.reconciler.plan()
         assert [repair.act for repair in planned] == [Act.TAKE_OUT, Act.GIVE_BACK]
-        repaired = await one.reconciler().carry_out(planned)
+        repaired = await one.reconciler.carry_out(planned)
         assert all(done.error is not None for done in repaired)
         assert await held(world) == 100 * MIB
 
@@ -111,11 +111,11 @@ async def test_a_vm_that_is_gone_or_silent(world: World) -> None:
     await left_by_a_dead_process(world)
     world.qemu.accepts = False
     async with opened(world, recover=False) as one:
-        (repair,) = await one.reconciler().plan()
+        (repair,) = await one.reconciler.plan()
         assert repair.act is Act.NOTHING
     world.qemu.kill()
     async with opened(world, recover=False) as one:
-        await one.reconciler().carry_out(await one.reconciler().plan())
+        await one.reconciler.carry_out(await one.reconciler.plan())
         assert await held(world) == 0
 
 
@@ -126,10 +126,10 @@ async def test_what_dead_writers_left_on_a_target_is_cleared(make: Make, tmp_pat
     left.mkdir(parents=True)
     draft = await target.begin("db01", datetime.now(UTC))
     async with opened(world, recover=False) as one:
-        planned = await one.reconciler().plan()
+        planned = await one.reconciler.plan()
         assert [(repair.act, repair.subject) for repair in planned] == [(Act.CLEAR_TARGET, "main")]
         assert str(left) in planned[0].reason
-        await one.reconciler().carry_out(planned)
+        await one.reconciler.carry_out(planned)
     assert not left.exists()
     assert list((tmp_path / "backup" / "db01").iterdir()) != []  # its writer lives
     await draft.abort()

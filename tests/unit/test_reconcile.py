@@ -24,8 +24,8 @@ def holding(run: str = DEAD, vm: str = "web01", host: str = HOST) -> Holding:
     return Holding(Owner(host, 7, run, vm, f"/run/{vm}.qmp"), {"vda": Grant("local", 100 * MIB)}, 0.0)
 
 
-def intent(run: str = DEAD, vm: str = "web01") -> Intent:
-    return Intent(1, journal.Act.FREEZE, vm, run, f"/run/{vm}.qga")
+def intent(run: str = DEAD, vm: str = "web01", act: journal.Act = journal.Act.FREEZE) -> Intent:
+    return Intent(1, act, vm, run, f"/run/{vm}.qga")
 
 
 def decided(
@@ -49,24 +49,32 @@ def test_a_host_where_nothing_is_left() -> None:
 def test_a_guest_comes_first() -> None:
     repairs = decided(
         vm(objects=(f"vmf-{DEAD}-0-cbw", f"vmf-{DEAD}-0-img"), unsettled=("main",)),
-        intents=(intent(),),
+        intents=(intent(), intent(act=journal.Act.PAUSE)),
         holdings=(holding(),),
         leftovers={"main": ["/backup/web01/20261122T023000Z.partial"]},
     )
     assert acts(repairs) == [
+        (Act.CONTINUE, DEAD),
         (Act.THAW, DEAD),
         (Act.TAKE_OUT, DEAD),
         (Act.SETTLE_BITMAPS, "main"),
         (Act.GIVE_BACK, DEAD),
         (Act.CLEAR_TARGET, "main"),
     ]
-    assert repairs[1].reason == "the run is over, and has 2 objects in its QEMU"
-    assert repairs[3].reason == "100.0 MiB are granted to it, it is over, and nothing of it is in its QEMU then"
-    assert repairs[4].reason == "its writer is dead: /backup/web01/20261122T023000Z.partial"
+    assert repairs[2].reason == "the run is over, and has 2 objects in its QEMU"
+    assert repairs[4].reason == "100.0 MiB are granted to it, it is over, and nothing of it is in its QEMU then"
+    assert repairs[5].reason == "its writer is dead: /backup/web01/20261122T023000Z.partial"
 
 
 def test_what_lives_is_not_touched() -> None:
-    assert decided(vm(objects=(f"vmf-{LIVE}-0-cbw",)), intents=(intent(LIVE),), holdings=(holding(LIVE),)) == []
+    assert (
+        decided(
+            vm(objects=(f"vmf-{LIVE}-0-cbw",)),
+            intents=(intent(LIVE), intent(LIVE, act=journal.Act.PAUSE)),
+            holdings=(holding(LIVE),),
+        )
+        == []
+    )
 
 
 def test_a_strangers_objects_are_told_and_left() -> None:
