@@ -37,6 +37,7 @@ CONFIG = """
 [daemon]
 state_dir = "{folder}/{state}"
 run_dir = "{folder}/run"
+{daemon}
 [storage.local]
 path = "{storage}"
 quota = "{quota}"
@@ -57,7 +58,7 @@ exclude_disks = [{exclude}]
 REPOSITORY = """
 [target.repo]
 driver = "restic"
-path = "{folder}/repository"
+path = "{repository}"
 password_file = "{folder}/password"
 """
 
@@ -66,7 +67,7 @@ class Host:
     """Folders, configuration and commands of a host with one guest, VM, and maybe `others`, by name.
 
     `connect` is how the product in this process reaches them; `priority` and `exclude` are VM's. `repository`:
-    there is a target `repo`, too.
+    there is a target `repo`, too. `sockets` are those at which the others are reached, if not at their own.
     """
 
     def __init__(
@@ -83,8 +84,11 @@ class Host:
         exclude: Sequence[str] = (),
         state: str = "state",
         socket: Path | None = None,
+        sockets: Mapping[str, Path] | None = None,
         connect: Connect = qmp.connect,
         repository: bool = False,
+        repository_path: Path | None = None,
+        daemon: str = "",
         more: str = "",
     ) -> None:
         self.folder = folder
@@ -92,15 +96,19 @@ class Host:
         self.vms = {VM: vm, **(others or {})}
         self.storage = storage or folder / "fleecing"
         self.target = target or folder / "backups"
+        self.repository = repository_path or folder / "repository"
+        """Where target `repo` lies; `make_repository` makes it."""
         self.connect = connect
         self.config = folder / f"{state}.toml"
         folder.mkdir(parents=True, exist_ok=True)
-        more += "".join(f'[vm.{name}]\nqmp = "{one.product_socket}"\n' for name, one in (others or {}).items())
+        for name, one in (others or {}).items():
+            more += f'[vm.{name}]\nqmp = "{(sockets or {}).get(name, one.product_socket)}"\n'
         if repository:
-            more += REPOSITORY.format(folder=folder)
+            more += REPOSITORY.format(folder=folder, repository=self.repository)
         self.config.write_text(
             CONFIG.format(
                 folder=folder,
+                daemon=daemon,
                 state=state,
                 storage=self.storage,
                 quota=quota,
@@ -114,11 +122,6 @@ class Host:
                 more=more,
             )
         )
-
-    @property
-    def repository(self) -> Path:
-        """Where target `repo` lies; `make_repository` makes it."""
-        return self.folder / "repository"
 
     async def make_repository(self) -> None:
         """An empty one, with a password that is quick to check."""

@@ -1,6 +1,6 @@
 """A unix socket between the product and QEMU's monitor: cut at any moment, cut or held at an exact command.
 
-It passes descriptors on as well. QEMU stays; who connects again gets through, as long as `closed` is not set.
+It passes descriptors on as well. QEMU stays; who connects again gets through.
 """
 
 import contextlib
@@ -8,6 +8,8 @@ import json
 import os
 import socket
 import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,8 +18,20 @@ READ_BYTES = 1 << 16
 DESCRIPTORS_MAX = 8
 
 
+@dataclass(frozen=True, slots=True)
+class Trap:
+    """`act` is done once `reached` says so of a message's names: before it is passed on, or after."""
+
+    reached: Callable[[Sequence[str]], bool]
+    act: Callable[[], None]
+    after: bool
+
+
 class Proxy:
-    """Listens at `path` for the block and passes everything on to `to`."""
+    """Listens at `path` for the block and passes everything on to `to`.
+
+    `rewrite` may change each command on its way.
+    """
 
     def __init__(self, path: Path, to: Path) -> None:
         self.path = path
@@ -25,7 +39,8 @@ class Proxy:
         self.cuts = 0
         self.held = threading.Event()
         self._to = to
-        self._cut_after: str | None = None
+        self.rewrite: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+        self._trap: Trap | None = None
         self._hold_before: str | None = None
         self._open: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
@@ -60,7 +75,19 @@ class Proxy:
 
     def cut_after(self, command: str) -> None:
         """Cut as soon as this command was passed on to QEMU, and nothing that was sent behind it."""
-        self._cut_after = command
+        self.at(lambda names: command in names, self.cut, after=True)
+
+    def at(self, reached: Callable[[Sequence[str]], bool], act: Callable[[], None], *, after: bool) -> None:
+        """Act, in the proxy's thread, at the first message of which this is so; the connection ends there.
+
+        Nothing that was sent behind that message is passed on, nor itself unless it is `after` it.
+        """
+        self._trap = Trap(reached, act, after)
+
+    def disarm(self) -> bool:
+        """Forget `at`; whether it was still to come."""
+        armed, self._trap = self._trap is not None, None
+        return armed
 
     def hold_before(self, command: str) -> None:
         """Hold the connection on which this command comes, once: nothing more is passed on, until it is closed."""
@@ -116,19 +143,29 @@ class Proxy:
                     os.close(descriptor)
             unsent += data
             while message := _first_message(unsent):
-                names = _names(json.loads(message))
+                unsent = unsent[len(message) :]
+                command = json.loads(message)
+                names = _names(command)
                 if self._hold_before in names:
                     self._hold_before = None
                     self.held.set()
                     while client.recv(READ_BYTES):
                         pass
                     return
-                qemu.sendall(message)
-                unsent = unsent[len(message) :]
-                if self._cut_after in names:
-                    self._cut_after = None
-                    self.cut()
+                trap = self._sprung(names)
+                if trap is None or trap.after:
+                    qemu.sendall(json.dumps(self.rewrite(command)).encode() if self.rewrite else message)
+                if trap is not None:
+                    trap.act()
                     return
+
+    def _sprung(self, names: Sequence[str]) -> Trap | None:
+        with self._lock:
+            trap = self._trap
+            if trap is None or not trap.reached(names):
+                return None
+            self._trap = None
+            return trap
 
 
 def _names(message: dict[str, Any]) -> list[str]:
