@@ -17,6 +17,7 @@
     ├── FleecingError        the snapshot broke: image full, slow or broken
     ├── CopyError            the job that copies failed for another reason
     └── StateError           state_dir: locked or unreadable
+        └── StateDamaged     a file in it is no database any more
 
 A caller branches on the class or on `code`, never on the text. `message` says what was tried, on what,
 with which numbers; `hint` says what the operator can do. Whether waiting can help is told by the code: `causes`.
@@ -171,3 +172,9 @@ class StateError(VmfleeceError):
 
     code = "locked"
     exit_code = EXIT_LOCKED
+
+
+class StateDamaged(StateError):
+    """What is in a file of state_dir is not what was written there."""
+
+    code = "state-unusable"

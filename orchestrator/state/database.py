@@ -7,9 +7,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from orchestrator.errors import StateError
+from orchestrator.errors import StateDamaged, StateError
 
 BUSY_SECONDS = 10.0
+DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def _use_wal(connection: sqlite3.Connection) -> None:
@@ -47,7 +48,7 @@ class Database:
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """A transaction that writes: committed at the end of the block, rolled back if it raises.
 
-        Raises StateError where the file cannot be used.
+        Raises StateError where the file cannot be used, StateDamaged if what is in it is the reason.
         """
         with self._turn:
             try:
@@ -62,7 +63,8 @@ class Database:
                 connection.execute("COMMIT")
             except sqlite3.Error as error:
                 self.close()  # what it was in the middle of is rolled back
-                raise StateError(
+                damaged = getattr(error, "sqlite_errorcode", 0) & 0xFF in DAMAGED
+                raise (StateDamaged if damaged else StateError)(
                     f"cannot use {self._path}: {error}",
                     hint=f"is its file system full? A damaged file can be moved away: {self._lost}",
                     code="state-unusable",
@@ -105,3 +107,20 @@ class Database:
                 with contextlib.suppress(sqlite3.Error):
                     self._connection.close()
                 self._connection = None
+
+    def set_aside(self) -> Path:
+        """Give a damaged file another name, by which it can be looked at, and return that. Raises StateError."""
+        aside = self._path.with_name(f"{self._path.name}.damaged")
+        with self._turn:
+            self.close()
+            try:
+                self._path.replace(aside)
+                for suffix in ("-wal", "-shm"):
+                    self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
+            except OSError as error:
+                raise StateError(
+                    f"cannot rename {self._path}, which is damaged: {error.strerror}",
+                    hint="vmfleece must be able to write there",
+                    code="state-unusable",
+                ) from error
+        return aside

@@ -19,7 +19,7 @@ from tests.faults.bed import CBW_TIMEOUT_SECONDS, REGION_BYTES, Bed, Machine
 from tests.faults.daemon import Daemon, Line, command_line
 from tests.faults.damage import damage
 from tests.faults.places import filled
-from tests.faults.plan import Fault, Kind, Moment, When
+from tests.faults.plan import Damage, Fault, Kind, Moment, When
 from tests.faults.report import Report
 from tests.guest import images, sequence
 from tests.guest.vm import GuestFailureError
@@ -47,6 +47,7 @@ class Campaign:
         self._stop_seconds = stop_seconds
         self._say = say
         self._orphans: set[int] = set()
+        self._truncated = False
         self._fresh = False
         """Whether nobody has looked yet at what the daemon's start has put right."""
         self._spared: dict[str, float] = {}
@@ -122,6 +123,7 @@ class Campaign:
     async def _recovered(self, daemon: Daemon, *, exactly: bool) -> None:
         """The daemon is ready, nothing of dead runs is left, and the next backups are right."""
         await daemon.until(lambda: daemon.of("daemon.ready"), "daemon.ready", deadline_seconds=READY_SECONDS)
+        await self._damage_is_named(daemon)
         await self._without(self._bed.of_dead_runs, "of dead runs")
         fresh, self._fresh = self._fresh, False
         if fresh:
@@ -135,11 +137,17 @@ class Campaign:
         """A daemon that makes no backups leaves nothing at all, and ends when it is told to."""
         daemon = await self._started(idle=True)
         await daemon.until(lambda: daemon.of("daemon.ready"), "daemon.ready", deadline_seconds=READY_SECONDS)
+        await self._damage_is_named(daemon)
         await self._without(self._bed.anything, "at all")
         self._report.tidy_seconds.append(daemon.seconds())
         self._fresh = False
         await self._no_orphans()
         await self._stop_daemon()
+
+    async def _damage_is_named(self, daemon: Daemon) -> None:
+        if self._truncated:
+            self._truncated = False
+            await daemon.until(lambda: daemon.of("journal.damaged"), "journal.damaged")
 
     async def _stop_daemon(self) -> None:
         assert self._bed.daemon is not None
@@ -256,6 +264,7 @@ class Campaign:
             case Kind.STATE:
                 await self._kill_daemon(daemon, machine, moment)
                 damage(self._bed.state / "journal.sqlite", fault.damage)
+                self._truncated = fault.damage is Damage.TRUNCATED  # what else it is may not matter yet
             case Kind.MOVER:
                 await self._kill_mover(daemon, machine, moment)
             case Kind.QEMU:

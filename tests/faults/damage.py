@@ -4,23 +4,24 @@ from pathlib import Path
 
 from tests.faults.plan import Damage
 
-GARBAGE = bytes(range(1, 256)) * 64
+PAGE_BYTES = 4096
+GARBAGE = bytes(range(1, 256)) * 33
 
 
 def damage(path: Path, how: Damage) -> None:
     """Do it to the file, or to its write-ahead log."""
+    size_bytes = int.from_bytes(path.read_bytes()[28:32]) * PAGE_BYTES
     match how:
         case Damage.GARBAGE:
             with path.open("ab") as file:
                 file.write(GARBAGE)
         case Damage.OVERWRITTEN:
-            half = path.stat().st_size // 2
             with path.open("r+b") as file:
-                file.seek(half)
-                file.write((GARBAGE * (half // len(GARBAGE) + 1))[:half])
+                file.seek(max(0, size_bytes - PAGE_BYTES))
+                file.write(GARBAGE[:PAGE_BYTES])
         case Damage.TRUNCATED:
             with path.open("r+b") as file:
-                file.truncate(path.stat().st_size // 2 + 100)
+                file.truncate(size_bytes // 2)
         case Damage.EMPTY:
             path.write_bytes(b"")
         case Damage.LOG:

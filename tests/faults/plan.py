@@ -37,9 +37,9 @@ class Damage(StrEnum):
     """What becomes of a file of SQLite's."""
 
     GARBAGE = "garbage at its end"
-    OVERWRITTEN = "garbage in its second half"
-    TRUNCATED = "half of it"
-    EMPTY = "nothing of it"
+    OVERWRITTEN = "garbage in its last page"
+    TRUNCATED = "half of it lost"
+    EMPTY = "all of it lost"
     LOG = "garbage in its write-ahead log"
 
 
