@@ -5,8 +5,11 @@ cancellation cannot interrupt; a child process never outlives its caller.
 """
 
 import asyncio
+import atexit
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -14,9 +17,52 @@ import structlog
 
 log = structlog.get_logger(__name__)
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME_SECONDS = 1.0
+
 T = TypeVar("T")
 A = TypeVar("A")
 UndoAct = Callable[[], Awaitable[object]]
+
+
+@contextlib.contextmanager
+def told_to_stop(stop: Callable[[], object], end: Callable[[], object]) -> Iterator[None]:
+    """Have SIGTERM and SIGINT call `stop` the first time and then `end`; once they did, also after the block.
+
+    Those within a second of the first are taken for the same one: timeout(1), for one, sends each twice. Both are
+    called by the loop; once that is closed, and only threads are waited for, by the signal's handler.
+    """
+    loop = asyncio.get_running_loop()
+    first: list[float] = []
+
+    def told() -> None:
+        if not first:
+            first.append(time.monotonic())
+            atexit.register(_ignore_stop_signals)
+            stop()
+        elif time.monotonic() - first[0] > SAME_SECONDS:
+            end()
+
+    def handle(_number: int, _frame: object) -> None:
+        try:
+            loop.call_soon_threadsafe(told)
+        except RuntimeError:  # it is closed
+            told()
+
+    # Not by the loop's own handlers: they go with the loop, and the next signal would kill the process.
+    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if not first and signal.getsignal(number) is handle:  # that of a block within stays, if it was told
+                signal.signal(number, handler)
+
+
+def _ignore_stop_signals() -> None:
+    """Python gives up its handlers as it ends: a process that was told to stop is not to be killed then."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.asynccontextmanager

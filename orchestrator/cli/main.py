@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import uvloop
 
-from orchestrator import __version__, config, log
+from orchestrator import __version__, aio, config, log
 from orchestrator.cli import backup, cleanup, daemon, export, prune, snapshot, status, target, verify, vm
 from orchestrator.cli import config as config_command
 from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, VmfleeceError
@@ -23,7 +23,6 @@ from orchestrator.model import Consistency
 
 Command = Callable[[config.Config, argparse.Namespace], Coroutine[Any, Any, int]]
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 QUIET = {"backup": "critical", "job": "critical", "status": "critical"}
 """Their output says it all; other commands show warnings, such as of an unreadable snapshot."""
 
@@ -115,7 +114,7 @@ def _config(arguments: argparse.Namespace, path: Path) -> int:
 
 
 def run_async(command: Coroutine[Any, Any, int]) -> int:
-    """Run a command on uvloop. SIGTERM and Ctrl-C cancel it, so that everything is put back, however often."""
+    """Run a command on uvloop. SIGTERM and Ctrl-C cancel it, so that everything is put back; then, end it."""
 
     async def until_signalled() -> int:
         loop = asyncio.get_running_loop()
@@ -123,22 +122,29 @@ def run_async(command: Coroutine[Any, Any, int]) -> int:
         task = asyncio.current_task()
 
         def cancel() -> None:
-            # Not left to asyncio.Runner: its third SIGINT would end the process amid putting things back.
-            for number in SIGNALS:
-                loop.remove_signal_handler(number)
-                signal.signal(number, signal.SIG_IGN)
+            loop.call_later(aio.SAME_SECONDS, _say, "putting everything back; interrupt again to end at once")
             if task is not None:
                 task.cancel()
 
-        for number in SIGNALS:
-            loop.add_signal_handler(number, cancel)
         # `restic unlock` sends it to whoever holds a lock, as we do while we read a repository.
         loop.add_signal_handler(signal.SIGHUP, lambda: None)
-        return await command
+        with aio.told_to_stop(cancel, _end_at_once):
+            return await command
 
     _allow_open_files()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(until_signalled())
+
+
+def _end_at_once() -> None:
+    """As a kill does: nothing more is put back."""
+    _say("ended at once; what is left in VMs and on targets is put right by the next vmfleece that runs")
+    os._exit(EXIT_INTERRUPTED)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads
+        print(f"vmfleece: {text}", file=sys.stderr, flush=True)
 
 
 def _allow_open_files() -> None:

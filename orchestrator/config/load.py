@@ -129,6 +129,7 @@ def _config(path: Path, draft: Draft, settings: tuple[Setting, ...]) -> Config:
         daemon=DaemonSettings(
             state_dir=daemon.state_dir,
             run_dir=daemon.run_dir,
+            stop_timeout_seconds=daemon.stop_timeout,
             max_runs=daemon.max_runs,
             log_format=daemon.log_format,
             log_level=daemon.log_level,

@@ -54,6 +54,11 @@ class DaemonTable(Table):
         description="Folder of the control socket.",
         example="/run/vmfleece",
     )
+    stop_timeout: Duration = _key(
+        "60s",
+        description="How long runs under way may take to end when the service is told to stop.",
+        example="60s",
+    )
     max_runs: MaxRuns = _key(4, description="How many VMs are backed up at the same time at most.", example=4)
     log_format: Annotated[LogFormat, Field(strict=False), one_of(LogFormat)] = _key(
         "json", description="How log lines are written.", example="json"

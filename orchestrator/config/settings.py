@@ -39,6 +39,7 @@ class DaemonSettings:
 
     state_dir: Path
     run_dir: Path
+    stop_timeout_seconds: float
     max_runs: int
     log_format: LogFormat
     log_level: LogLevel

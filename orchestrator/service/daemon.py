@@ -1,20 +1,24 @@
 """The service: runs jobs when they are due, until it is told to stop.
 
-SIGTERM and SIGINT cancel the runs under way; each puts its VM right before the daemon ends.
+SIGTERM and SIGINT cancel the runs under way; each puts its VM right before the daemon ends. What has not ended
+`stop_timeout` later, or when it is told again, is left as after a kill: the next start puts it right.
 """
 
 import asyncio
 import os
-import signal
+from functools import partial
+from typing import NoReturn
 
 import structlog
 
 from orchestrator import aio
 from orchestrator.config import Config
-from orchestrator.errors import ConfigError, VmfleeceError
+from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, VmfleeceError
 from orchestrator.model import Phase, Progress
 from orchestrator.service import engine, reclaim, scheduler, systemd
+from orchestrator.service.engine import Engine
 from orchestrator.service.reconciler import Reconciler
+from orchestrator.units import format_duration
 
 log = structlog.get_logger(__name__)
 
@@ -22,33 +26,53 @@ RECONCILE_SECONDS = 600.0
 
 
 async def serve(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT. Raises StateError if another vmfleece runs, ConfigError without jobs."""
+    """Serve until SIGTERM or SIGINT. Raises StateError if another vmfleece runs, ConfigError without jobs.
+
+    Ends the process with EXIT_FAILED if that takes longer than `stop_timeout`, EXIT_INTERRUPTED if told twice.
+    """
     if not any(job.schedule for job in config.job.values()):
         raise ConfigError(
             f"{config.path} has no job with a schedule: the daemon would do nothing",
             hint="add a [job.NAME] with schedule, vms and target",
         )
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     async with engine.opened(config, supervise=True) as opened:
-        await opened.probe_storages()
-        status = _Status()
-
-        async def run(job: str) -> None:
-            await opened.run_job(job, on_progress=status.update)
-
-        jobs = [scheduler.serve(job, run, opened.catalogue) for job in config.job.values()]
-        looking_after = _clear_targets(opened.reconciler)
-        reclaims = [reclaim.serve(target, opened.gates[name]) for name, target in config.target.items()]
-        async with aio.background(systemd.watchdog(), looking_after, *jobs, *reclaims):
-            log.info("daemon.ready", pid=os.getpid(), vms=len(config.vm), jobs=len(config.job))
-            systemd.notify(READY="1", STATUS=f"{len(config.job)} jobs, no run under way")
-            await stop.wait()
-            log.info("daemon.stopping")
-            systemd.notify(STOPPING="1", STATUS="ending the runs under way")
+        abort = partial(_abort, opened, "told again", EXIT_INTERRUPTED)
+        with aio.told_to_stop(partial(_stop, config, opened, stop), abort):
+            await _serve(config, opened, stop)
     log.info("daemon.stopped")
+
+
+async def _serve(config: Config, opened: Engine, stop: asyncio.Event) -> None:
+    await opened.probe_storages()
+    status = _Status()
+
+    async def run(job: str) -> None:
+        await opened.run_job(job, on_progress=status.update)
+
+    jobs = [scheduler.serve(job, run, opened.catalogue) for job in config.job.values()]
+    looking_after = _clear_targets(opened.reconciler)
+    reclaims = [reclaim.serve(target, opened.gates[name]) for name, target in config.target.items()]
+    async with aio.background(systemd.watchdog(), looking_after, *jobs, *reclaims):
+        log.info("daemon.ready", pid=os.getpid(), vms=len(config.vm), jobs=len(config.job))
+        systemd.notify(READY="1", STATUS=f"{len(config.job)} jobs, no run under way")
+        await stop.wait()
+
+
+def _stop(config: Config, opened: Engine, stop: asyncio.Event) -> None:
+    timeout_seconds = config.daemon.stop_timeout_seconds
+    log.info("daemon.stopping", timeout_seconds=timeout_seconds)
+    systemd.notify(STOPPING="1", STATUS="ending the runs under way")
+    # Not taken back: after the runs, it is threads that may hang, in a file system that does not answer.
+    why = f"not ended within {format_duration(timeout_seconds)} (daemon.stop_timeout)"
+    asyncio.get_running_loop().call_later(timeout_seconds, _abort, opened, why, EXIT_FAILED)
+    stop.set()
+
+
+def _abort(opened: Engine, why: str, code: int) -> NoReturn:
+    """End at once, as a kill does: the next start puts guests and targets right."""
+    log.error("daemon.aborted", why=why, runs=opened.under_way())
+    os._exit(code)
 
 
 async def _clear_targets(reconciler: Reconciler) -> None:

@@ -203,6 +203,11 @@ class Engine:
             for lack in lacks:
                 log.warning("storage.lacks", storage=storage.name, feature=lack.feature, error=lack.consequence)
 
+    def under_way(self) -> list[dict[str, str]]:
+        """The runs that are not over: `vm`, `run` and `phase`."""
+        runs, _ = overview.runs_and_queue(self._live.values(), self._controller, ())
+        return [{"vm": one.vm, "run": one.run, "phase": one.phase} for one in runs]
+
     def status(self) -> Status:
         """What is going on right now."""
         runs, queue = overview.runs_and_queue(self._live.values(), self._controller, self._pausing.values())

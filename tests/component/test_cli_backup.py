@@ -83,6 +83,7 @@ class Bench:
 CONFIG = """\
 [daemon]
 state_dir = "{0}/state"
+run_dir = "{0}/run"
 [storage.local]
 path = "{0}/fleecing"
 quota = "64MiB"

@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import os
+import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -518,3 +520,47 @@ async def test_a_context_is_left_if_nobody_waits_for_it_any_more() -> None:
     await asyncio.wait([opening])
     assert opening.cancelled()
     assert not context.inside
+
+
+# --- signals ---
+
+
+@pytest.fixture
+def _handlers_as_before() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in aio.STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_handlers_as_before")
+async def test_signals_within_a_second_are_one_and_a_later_one_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    with aio.told_to_stop(lambda: told.append("stop"), lambda: told.append("end")):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            await asyncio.sleep(0.01)
+        assert told == ["stop"]
+    monkeypatch.setattr(aio, "SAME_SECONDS", 0.0)
+    os.kill(os.getpid(), signal.SIGINT)  # also after the block: the process is ending
+    await asyncio.sleep(0.01)
+    assert told == ["stop", "end"]
+
+
+@pytest.mark.usefixtures("_handlers_as_before")
+async def test_signals_do_after_the_block_what_they_did_before_unless_one_came() -> None:
+    before = [signal.getsignal(number) for number in aio.STOP_SIGNALS]
+    told: list[str] = []
+    with aio.told_to_stop(lambda: told.append("outer"), lambda: None):
+        with aio.told_to_stop(lambda: None, lambda: None):
+            pass
+        assert [signal.getsignal(number) for number in aio.STOP_SIGNALS] != before
+    assert [signal.getsignal(number) for number in aio.STOP_SIGNALS] == before
+    with (
+        aio.told_to_stop(lambda: told.append("outer"), lambda: None),
+        aio.told_to_stop(lambda: told.append("inner"), lambda: None),
+    ):
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.01)
+    assert told == ["inner"]
+    assert [signal.getsignal(number) for number in aio.STOP_SIGNALS] != before

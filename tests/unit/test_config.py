@@ -62,6 +62,7 @@ def test_defaults(tmp_path: Path) -> None:
     assert loaded.daemon == config.DaemonSettings(
         state_dir=Path("/var/lib/vmfleece"),
         run_dir=Path("/run/vmfleece"),
+        stop_timeout_seconds=60.0,
         max_runs=4,
         log_format=config.LogFormat.JSON,
         log_level=config.LogLevel.INFO,
