@@ -22,6 +22,7 @@ from pathlib import Path
 
 import uvloop
 
+from orchestrator import memory
 from orchestrator.qemu import tools
 from orchestrator.target import durable
 from orchestrator.target.repository import contents
@@ -92,6 +93,7 @@ async def ours(root: Path, to: Path) -> None:
 
 
 def run_ours(root: Path, out: Path) -> None:
+    memory.keep_freed()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(ours(root, out / FILE))
 

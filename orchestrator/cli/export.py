@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from orchestrator import memory
 from orchestrator.cli import render
 from orchestrator.cli.choose import checked_targets, the_snapshot
 from orchestrator.config import Config
@@ -17,6 +18,7 @@ from orchestrator.errors import EXIT_OK
 
 async def export(config: Config, arguments: argparse.Namespace) -> int:
     """Serve disks read-only, say where, and go on until told to stop, which is success."""
+    memory.keep_freed()
     targets = checked_targets(config, arguments.target)
     snapshot = await the_snapshot(targets, arguments.snapshot)
     wanted = arguments.disk or [disk.disk for disk in snapshot.disks]

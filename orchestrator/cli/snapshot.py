@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from orchestrator import memory
 from orchestrator.cli import choose, render
 from orchestrator.config import Config
 from orchestrator.errors import EXIT_FAILED, EXIT_OK, EXIT_SOME_FAILED, TargetError
@@ -106,6 +107,7 @@ async def forget(config: Config, arguments: argparse.Namespace) -> int:
 
 async def restore(config: Config, arguments: argparse.Namespace) -> int:
     """Give one disk back, or all of them into a folder."""
+    memory.keep_freed()
     targets = choose.checked_targets(config, arguments.target)
     snapshot = await choose.the_snapshot(targets, arguments.snapshot)
     to = arguments.to

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
+from orchestrator import memory
 from orchestrator.cli import choose, render
 from orchestrator.config import Config
 from orchestrator.errors import EXIT_FAILED, EXIT_OK, EXIT_SOME_FAILED, VmfleeceError
@@ -14,6 +15,7 @@ from orchestrator.units import format_size
 
 async def verify(config: Config, arguments: argparse.Namespace) -> int:
     """Check the snapshots that are named, or all, each whatever is wrong with the others."""
+    memory.keep_freed()
     targets = choose.checked_targets(config, arguments.target)
     snapshots, complete = [await choose.the_snapshot(targets, name) for name in arguments.snapshots], True
     if not snapshots:
