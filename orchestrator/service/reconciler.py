@@ -145,7 +145,7 @@ class Reconciler:
             if all(repair.act is Act.NOTHING for repair in news):
                 break
         for one in done:
-            if one.repair.act is Act.NOTHING and self._held_at(monitor):
+            if one.repair.act is Act.NOTHING and self._held_at(monitor) and vm not in self.running():
                 with structlog.contextvars.bound_contextvars(vm=vm, run=one.repair.subject):
                     log.warning("grant.unrecovered", error=one.repair.reason)
         return done
