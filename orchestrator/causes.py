@@ -74,7 +74,15 @@ _CODES: Mapping[Cause, tuple[str, ...]] = {
     ),
     Cause.TARGET_BUSY: ("repository-locked",),
     Cause.VM_GONE: ("vm-gone", "vm-silent", "vm-unreachable"),
-    Cause.VM_BUSY: ("foreign-filter", "foreign-job", "foreign-run", "refused", "vm-state"),
+    Cause.VM_BUSY: (
+        "disks-changed",
+        "foreign-filter",
+        "foreign-job",
+        "foreign-run",
+        "refused",
+        "vm-migrating",
+        "vm-state",
+    ),
     Cause.CANCELLED: ("cancelled",),
     Cause.CONFIGURATION: (
         "config",

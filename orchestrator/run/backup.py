@@ -46,7 +46,7 @@ from orchestrator.model import (
 )
 from orchestrator.qemu import capabilities, commands, jobs, qmp, tools
 from orchestrator.qemu.monitor import Monitor
-from orchestrator.run import copy, particulars, quiesce, survey
+from orchestrator.run import copy, particulars, quiesce, survey, vigil
 from orchestrator.run.copying import Copies, Copying, by_windows
 from orchestrator.run.outcome import CANCELLED, DiskRun, Facts, log_result
 from orchestrator.run.plan import Past, Plan
@@ -284,6 +284,7 @@ class _Run:
         # QEMU flushes the disks while the guest waits: what the host still caches is written before.
         images = [one.disk.image for one in planned.disks if one.disk.image]
         await asyncio.to_thread(tools.write_back, images)
+        await vigil.check_disks(monitor, self._vm.name, [one.disk for one in planned.disks])
         async with self._frozen():
             await self._snapshot(monitor, draft)
         self._facts.files, missing = await particulars.read_files(self._vm.extra_files)
@@ -297,10 +298,19 @@ class _Run:
                 finishing = aio.all_or_first_error(
                     self._finish(gear, disk, one) for disk, one in zip(self._facts.disks, copying, strict=True)
                 )
-                await aio.unless(lease.giving_way(), aio.unless(draft.lost(), finishing))
+                here = aio.unless(vigil.migrating(monitor, self._vm.name), finishing)
+                await aio.unless(lease.giving_way(), aio.unless(draft.lost(), here))
+        await self._check_vm(monitor)
         self._enter(Phase.COMMITTING)
         self._facts.snapshot = await draft.commit(self._facts.details(self._run, self._options), self._facts.files)
         log.info("snapshot.committed", snapshot=draft.snapshot_id, target=self._options.target)
+
+    async def _check_vm(self, monitor: Monitor) -> None:
+        """Make sure that nothing has happened to the VM that makes the copy wrong."""
+        await monitor.reconnect(deadline_seconds=copy.RECONNECT_SECONDS)
+        await vigil.check_here(monitor, self._vm.name)
+        for disk in await vigil.unplugged(monitor, [one.plan.disk for one in self._facts.disks]):
+            self._facts.warnings.append(f"disk {disk} was unplugged meanwhile; the snapshot has it as it was")
 
     async def _prepare(self, gear: _Gear, disk: DiskRun) -> None:
         """Everything that can be done while the guest still runs on its own node."""

@@ -18,10 +18,23 @@ from orchestrator.qemu.inventory import FILTERS_OF_JOBS
 from orchestrator.target.base import Snapshot, SnapshotDisk
 from orchestrator.units import Share, format_size
 
-MIGRATING = ("setup", "active", "device", "pre-switchover", "postcopy-active", "cancelling")
+MIGRATING = (
+    "setup",
+    "wait-unplug",
+    "active",
+    "device",
+    "pre-switchover",
+    "postcopy-device",
+    "postcopy-active",
+    "postcopy-paused",
+    "postcopy-recover-setup",
+    "postcopy-recover",
+    "cancelling",
+)
+GONE_ELSEWHERE = ("finish-migrate", "postmigrate")
 OTHERS_SHARE = 16
 """One byte in so many of what is free is left to whoever else writes there before we are admitted."""
-NOT_NOW = ("inmigrate", "postmigrate", "finish-migrate", "save-vm", "restore-vm", "shutdown")
+NOT_NOW = (*GONE_ELSEWHERE, "inmigrate", "save-vm", "restore-vm", "shutdown")
 
 
 @dataclass(frozen=True, slots=True)

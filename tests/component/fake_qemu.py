@@ -91,6 +91,13 @@ class FakeQemu:
         )
         self.devices[disk] = Device(disk, name, name, removable=removable)
 
+    def grow(self, disk: str, size: int) -> None:
+        """Make a disk larger, as block_resize does."""
+        node = self.nodes[self.devices[disk].own_node]
+        assert node.content is not None
+        node.content.extend(bytes(size - node.size))
+        node.size = size
+
     def content(self, disk: str) -> bytes:
         """What the guest would read now."""
         return bytes(self._base(self.devices[disk].own_node).content or b"")
@@ -389,7 +396,7 @@ class FakeQemu:
         self._check_quiet()
         changes = [(self._reopened(options), options) for options in arguments["options"]]
         for node, options in changes:
-            if node.driver == "qcow2":
+            if self._is_target(node):
                 self._write_out(node)
             node.options = dict(options)
             node.children["file"] = options["file"]
@@ -408,9 +415,13 @@ class FakeQemu:
             raise QemuWouldDie("a node is changed on a QEMU that does not survive it")
         if is_gate:
             self._check_way_back("blockdev-reopen", node.name, options["file"])
-        if node.driver == "qcow2" and self.flush_error:
+        if self._is_target(node) and self.flush_error:
             raise CommandFailed("blockdev-reopen", f"Could not flush: {self.flush_error}")
         return node
+
+    def _is_target(self, node: Node) -> bool:
+        """Whether it is an image on the target; a fleecing image is on a node that limits it."""
+        return node.driver == "qcow2" and self.nodes[node.children["file"]].descriptor is not None
 
     def _block_set_write_threshold(self, arguments: Any) -> Any:
         node = self._node("block-set-write-threshold", arguments["node-name"])
