@@ -17,6 +17,7 @@ LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
 }
 ENTRY_POINT_LOOP = (
     "tests/qemu/",
+    "tests/faults/",
     "tests/peer/",
     "tests/component/",
     *(f"tests/unit/test_{name}.py" for name in ("controller", "ledger", "merge", "restore", "target", "tools")),

@@ -27,7 +27,7 @@ from tests.qemu.proxy import Proxy
 NEIGHBOUR = "web02"
 DISKS = [DiskSpec("vda", 16 * MIB, iothread=True), DiskSpec("vdb", 8 * MIB, format="raw", iothread=True)]
 REGION_BYTES = 6 * MIB
-WRITES_PER_SECOND = 500
+WRITES_PER_SECOND = 300
 CBW_TIMEOUT_SECONDS = 4
 ALWAYS, NEVER = "*:*:0/1", "2099-01-01 00:00:00"
 """Calendars: a run is due whenever there is none; none ever is."""
@@ -135,7 +135,7 @@ class Bed:
             stack.push_async_callback(self._end_daemon)
             for guest in guests:
                 await guest.wait_ready()
-                await guest.wait_writes(200)
+                await guest.wait_writes(100)
             self._stack = stack.pop_all()
         return self
 
