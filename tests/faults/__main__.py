@@ -3,8 +3,8 @@
     python -m tests.faults [--seed N] [--rounds 200] [--target images|repository] [--qemu 7.2|10.0|11.1]
 
 The same seed is the same plan. `--qemu` is the first guest's, its neighbour has another one. Exit code 1 if
-anything went wrong. Needs root, for file systems of its own. Daemons' logs stay in the folder that is printed if
-something did.
+anything went wrong; what the daemons said then stays in the folder that is printed. Needs root, for file systems of
+its own.
 """
 
 import argparse
@@ -51,6 +51,7 @@ def main() -> int:
     parser.add_argument("--qemu", choices=list(QEMUS), default="10.0")
     parser.add_argument("--stop", type=float, default=STOP_SECONDS, help="seconds that a QEMU is stopped for")
     parser.add_argument("--report", type=Path, default=REPORT, help="where it is kept (default: %(default)s)")
+    parser.add_argument("--keep", action="store_true", help="keep what the daemons said also if nothing was wrong")
     arguments = parser.parse_args()
     qemu(arguments.qemu)  # rather now than later
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
@@ -65,7 +66,7 @@ def main() -> int:
             with arguments.report.open("a") as file:
                 file.write(f"{report}\n\n")
             print(report)  # noqa: T201  (a command)
-    if not report.wrong:
+    if not (report.wrong or arguments.keep):
         shutil.rmtree(folder)
     return int(bool(report.wrong))
 

@@ -159,13 +159,17 @@ class Bed:
         self.host.config.write_text(self._always.replace(ALWAYS, NEVER) if idle else self._always)
         self._lives += 1
         self.daemon = await Daemon.start(self.host.config, self.folder / f"daemon-{self._lives}.log")
-        (self.folder / f"daemon-{self._lives - 100}.log").unlink(missing_ok=True)
         return self.daemon
 
     async def _end_daemon(self) -> None:
         if self.daemon is not None and self.daemon.alive:
             self.daemon.kill()
             await self.daemon.ended()
+
+    @property
+    def daemon_name(self) -> str:
+        """Where to look for what it said."""
+        return self.daemon.log.name if self.daemon else "no daemon"
 
     @property
     def state(self) -> Path:

@@ -248,8 +248,13 @@ class Campaign:
 
     def _note_runs(self, daemon: Daemon) -> None:
         for line in daemon.of("run.finished"):
-            code = f" with {line['error']['code']}" if line["error"] else ""
-            self._report.runs[f"{line['outcome']}{code}"] += 1
+            end, said = line["outcome"], "; ".join(line["warnings"])
+            if line["error"]:
+                end += f" with {line['error']['code']}"
+                said = line["error"]["message"]
+            self._report.runs[end] += 1
+            if said:
+                self._report.examples.setdefault(end, f", such as {self._bed.daemon_name}: {said[:300]}")
             if not line["error"]:
                 self._report.kinds[line["kind"]] += 1
 
@@ -472,7 +477,7 @@ class Campaign:
         self._wrong(fault, what)
 
     def _wrong(self, fault: Fault | str, what: str) -> None:
-        log = f" [{self._bed.daemon.log.name}]" if self._bed.daemon else ""
+        log = f" [{self._bed.daemon_name}]"
         self._report.wrong.append(f"{fault}: {what.partition(chr(10))[0][:400]}{log}")
         self._say(f"WRONG: {what}")
 

@@ -17,6 +17,8 @@ class Report:
     """Of the daemon, by what they waited for."""
     runs: Counter[str] = field(default_factory=Counter)
     """Outcomes, and failures by code; runs that were cut off by a kill have none."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """What the first run with each of these ends said of it."""
     kinds: Counter[str] = field(default_factory=Counter)
     restores: int = 0
     compared: int = 0
@@ -47,7 +49,7 @@ class Report:
             *(f"{count:6}  {kind}" for kind, count in self.faults.most_common()),
             f"        (the daemon's kills: {kills})",
             "",
-            *(f"{count:6}  runs {what}" for what, count in sorted(self.runs.items())),
+            *(f"{count:6}  runs {what}{self.examples.get(what, '')}" for what, count in sorted(self.runs.items())),
             f"        ({', '.join(f'{count} {kind}' for kind, count in sorted(self.kinds.items()))})",
             f"{self.restores:6}  restores, {self.compared} of them compared with a copy byte for byte",
             f"{self.left_paused:6}  guests left paused; they ran {_spread(self.paused_seconds)} after a start",
