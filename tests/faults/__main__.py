@@ -3,8 +3,8 @@
     python -m tests.faults [--seed N] [--rounds 200] [--target images|repository] [--qemu 7.2|10.0|11.1]
 
 The same seed is the same plan. `--qemu` is the first guest's, its neighbour has another one. Exit code 1 if
-anything went wrong; what the daemons said then stays in the folder that is printed. Needs root, for file systems of
-its own.
+anything went wrong; what the daemons said then stays in the folder that is printed. Needs root: it mounts file
+systems.
 """
 
 import argparse
