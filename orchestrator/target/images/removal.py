@@ -7,6 +7,7 @@ Who waits for whom: `locks`.
 
 import fcntl
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,6 +22,8 @@ log = structlog.get_logger(__name__)
 
 PARTIAL = ".partial"
 REMOVED = ".removed"
+_LEFT = re.compile(r"\d{8}T\d{6}Z(\.partial|\.removed)")
+"""What is called otherwise is somebody else's."""
 PROTECTED = "protected"
 
 
@@ -84,7 +87,7 @@ def remove(folder: Path, *, target: str) -> Stays | None:
 def leftovers(vm_folder: Path) -> list[Path]:
     """What dead processes left of a VM's snapshots half-written or half-removed."""
     found = []
-    for left in (*vm_folder.glob(f"*{PARTIAL}"), *vm_folder.glob(f"*{REMOVED}")):
+    for left in _unlisted(vm_folder):
         try:
             os.close(locks.locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB))
         except (BlockingIOError, FileNotFoundError):
@@ -95,7 +98,7 @@ def leftovers(vm_folder: Path) -> list[Path]:
 
 def clear(vm_folder: Path, *, target: str) -> None:
     """Delete what dead processes left of a VM's snapshots half-written or half-removed, as far as it can be."""
-    for left in (*vm_folder.glob(f"*{PARTIAL}"), *vm_folder.glob(f"*{REMOVED}")):
+    for left in _unlisted(vm_folder):
         try:
             if _delete(left, wait=False):
                 log.info("draft.removed", target=target, path=str(left))
@@ -107,6 +110,10 @@ def clear(vm_folder: Path, *, target: str) -> None:
         merging.settle(vm_folder, target=target)
     except OSError as error:
         log.warning("draft.unremovable", target=target, path=str(vm_folder), error=str(error))
+
+
+def _unlisted(vm_folder: Path) -> list[Path]:
+    return sorted(path for path in vm_folder.glob("*") if _LEFT.fullmatch(path.name) and path.is_dir())
 
 
 def _delete(folder: Path, *, wait: bool = True) -> bool:
