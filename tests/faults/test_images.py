@@ -14,7 +14,6 @@ KILLS = [
     Fault(Kind.DAEMON, Moment(When.PHASE, phase=Phase.PREPARING), 0),
     Fault(Kind.DAEMON, Moment(When.PHASE, phase=Phase.SNAPSHOTTING), 1, alone=True),
     Fault(Kind.DAEMON, COPYING, 0, at_once=True),
-    Fault(Kind.DAEMON, Moment(When.PHASE, phase=Phase.CLEANING), 1, exactly=True),
     Fault(Kind.DAEMON, Moment(When.STARTING, fraction=0.8), at_once=True),
     Fault(Kind.DAEMON, Moment(When.COMMAND, number=STOPPED), 0, at_once=True),
 ]
@@ -23,7 +22,6 @@ FAULTS = [
     Fault(Kind.STORAGE_FULL, COPYING),
     Fault(Kind.TARGET_HANGS, COPYING),
     Fault(Kind.TARGET_ERRORS, COPYING),
-    Fault(Kind.IMAGE_ERRORS, COPYING, alone=True),
 ]
 
 
@@ -34,4 +32,4 @@ async def test_kills_and_faults(suffer: Suffer) -> None:
     assert report.faults[Kind.DAEMON] == len(KILLS)
     assert report.compared >= 2
     assert report.restores > report.compared
-    assert sum(count for what, count in report.runs.items() if what.startswith("failed with ")) >= 2
+    assert sum(count for what, count in report.runs.items() if what.startswith("failed with ")) >= 1

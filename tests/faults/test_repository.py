@@ -1,23 +1,17 @@
 """Kills and faults while one guest is backed up to a repository, and its neighbour as images."""
 
-import random
-
 from orchestrator.model import Phase
-from tests.faults import plan
 from tests.faults.conftest import Suffer
 from tests.faults.plan import Fault, Kind, Moment, When
 
-SEED = 20261123
 COPYING = Moment(When.PHASE, phase=Phase.COPYING)
 FAULTS = [
     Fault(Kind.MOVER, COPYING),
-    Fault(Kind.DAEMON, COPYING),
     Fault(Kind.DAEMON, Moment(When.PHASE, phase=Phase.COMMITTING), at_once=True),
-    Fault(Kind.STOP, COPYING, 1, alone=True),
+    Fault(Kind.IMAGE_ERRORS, COPYING),
+    Fault(Kind.STOP, COPYING, 1),
     Fault(Kind.TARGET_FULL, Moment(When.PHASE, phase=Phase.PREPARING)),
-    Fault(Kind.CUT, Moment(When.COMMAND, number=25, after=True)),
     Fault(Kind.QEMU, Moment(When.RUN, fraction=0.6), 1),
-    plan.one(random.Random(SEED), Kind.DAEMON),  # noqa: S311  (test data)
 ]
 
 
