@@ -20,6 +20,7 @@ class Cause(StrEnum):
     TARGET_BUSY = "target-busy"
     VM_GONE = "vm-gone"
     VM_BUSY = "vm-busy"
+    VMFLEECE_GONE = "vmfleece-gone"
     CANCELLED = "cancelled"
     CONFIGURATION = "configuration"
     DAMAGED = "damaged"
@@ -43,6 +44,7 @@ FIRST_PAUSES: Mapping[Cause, int] = {
     Cause.TARGET_BUSY: 5,
     Cause.VM_GONE: 1,
     Cause.VM_BUSY: 5,
+    Cause.VMFLEECE_GONE: 0,
 }
 """How long is waited before the first new try, in minutes; a cause that is not here does not pass by waiting."""
 
@@ -83,6 +85,7 @@ _CODES: Mapping[Cause, tuple[str, ...]] = {
         "vm-migrating",
         "vm-state",
     ),
+    Cause.VMFLEECE_GONE: ("vmfleece-gone",),
     Cause.CANCELLED: ("cancelled",),
     Cause.CONFIGURATION: (
         "config",

@@ -124,7 +124,7 @@ async def back_up(
             duration_seconds=time.monotonic() - clock,
             error=error,
         )
-        log_result(result, options)
+        log_result(result, job=options.job, target=options.target)
         if cancelled is not None:
             on_cancelled(result)
             raise cancelled

@@ -167,7 +167,7 @@ class Facts:
         )
 
 
-def log_result(result: RunResult, options: RunOptions) -> None:
+def log_result(result: RunResult, *, job: str | None, target: str | None) -> None:
     """The one closing line of a run: everything that a report needs."""
     level = logging.INFO if result.error is None else logging.ERROR
     log.log(
@@ -177,8 +177,8 @@ def log_result(result: RunResult, options: RunOptions) -> None:
         snapshot=result.snapshot,
         kind=result.kind,
         reason=result.reason,
-        job=options.job,
-        target=options.target,
+        job=job,
+        target=target,
         duration_seconds=result.duration_seconds,
         pause_ms=result.pause_ms,
         disks=[asdict(disk) for disk in result.disks],

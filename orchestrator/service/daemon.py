@@ -6,6 +6,7 @@ SIGTERM and SIGINT cancel the runs under way; each puts its VM right before the 
 
 import asyncio
 import os
+from collections.abc import Mapping
 from functools import partial
 from typing import NoReturn
 
@@ -47,8 +48,8 @@ async def _serve(config: Config, opened: Engine, stop: asyncio.Event) -> None:
     await opened.probe_storages()
     status = _Status()
 
-    async def run(job: str) -> None:
-        await opened.run_job(job, on_progress=status.update)
+    async def run(job: str, vms: Mapping[str, int] | None = None, /) -> None:
+        await opened.run_job(job, vms, on_progress=status.update)
 
     jobs = [scheduler.serve(job, run, opened.catalogue) for job in config.job.values()]
     looking_after = _clear_targets(opened.reconciler)
@@ -66,6 +67,7 @@ def _stop(config: Config, opened: Engine, stop: asyncio.Event) -> None:
     # Not taken back: after the runs, it is threads that may hang, in a file system that does not answer.
     why = f"not ended within {format_duration(timeout_seconds)} (daemon.stop_timeout)"
     asyncio.get_running_loop().call_later(timeout_seconds, _abort, opened, why, EXIT_FAILED)
+    opened.stopping = True
     stop.set()
 
 

@@ -24,13 +24,14 @@ from orchestrator.admission.controller import Controller
 from orchestrator.admission.ledger.sqlite import SqliteLedger
 from orchestrator.causes import Cause
 from orchestrator.config import Config
-from orchestrator.config.settings import TargetDriver, TargetSettings
+from orchestrator.config.settings import JobSettings, TargetDriver, TargetSettings
 from orchestrator.errors import StateError, StorageError, VmfleeceError
-from orchestrator.model import Phase, Progress, RunOptions, RunResult
+from orchestrator.model import ErrorReport, Phase, Progress, RunOptions, RunResult
 from orchestrator.qemu import qmp
 from orchestrator.qemu.monitor import Monitor
 from orchestrator.run import retry
 from orchestrator.run.backup import Connect, Means, back_up, new_run_id
+from orchestrator.run.outcome import Facts, log_result
 from orchestrator.run.prune import prune
 from orchestrator.run.survey import Storages
 from orchestrator.service import api, overview
@@ -156,6 +157,8 @@ class Engine:
         self._vm_locks: dict[str, asyncio.Lock] = {}
         self._live: dict[str, overview.Live] = {}
         self._pausing: dict[str, overview.Pausing] = {}
+        self.stopping = False
+        """Set before all runs are cancelled because vmfleece ends: its next start goes on with jobs' turns."""
         self.reconciler = Reconciler(
             monitors={name: vm.qmp for name, vm in config.vms().items()},
             targets=targets_by_name,
@@ -180,14 +183,15 @@ class Engine:
     @contextlib.asynccontextmanager
     async def serving(self, *, recover: bool) -> AsyncIterator[None]:
         """Put guests right, hold the ledger, look after VMs, and answer on the control socket, for the block."""
-        async with (
-            aio.background(*([self._guests_first()] if recover else [])),
-            self._controller.serving(),
-            self._supervisors.serving(),
-            aio.background(*([self._recover()] if recover else [])),
-            api.served(self.config.daemon.run_dir, self.status),
-        ):
-            yield
+        async with aio.background(*([self._guests_first()] if recover else [])):
+            await asyncio.to_thread(self._enter, self._end_dead_runs)
+            async with (
+                self._controller.serving(),
+                self._supervisors.serving(),
+                aio.background(*([self._recover()] if recover else [])),
+                api.served(self.config.daemon.run_dir, self.status),
+            ):
+                yield
 
     def _reach(self, path: Path, *, vm: str) -> AbstractAsyncContextManager[Monitor]:
         return self._supervisors.connect(path, vm=vm)
@@ -255,24 +259,52 @@ class Engine:
             return result
 
     def _remember(self, result: RunResult) -> None:
-        """Enter how a run ended. Without its history, it is no less what it is."""
+        self._enter(partial(self.catalogue.finish, result))
+
+    def _enter(self, entry: Callable[[], None]) -> None:
+        """Enter something into the catalogue. What cannot be is no less so."""
         try:
-            self.catalogue.finish(result)
+            entry()
         except StateError as error:
             log.warning("catalogue.unusable", error=str(error))
+
+    def _end_dead_runs(self) -> None:
+        """Enter how the runs ended that were under way when a vmfleece was killed. Raises StateError."""
+        for begun in self.catalogue.unended():
+            error = ErrorReport(
+                "vmfleece-gone",
+                "vmfleece ended while this run was under way: it was killed, or the host lost its power",
+                "what it left in the VM is taken out, not gone on with; a job tries again when the daemon starts",
+            )
+            result = Facts().result(begun.vm, begun.run, started=begun.started, duration_seconds=0.0, error=error)
+            target = self.config.job[begun.job].options.target if begun.job in self.config.job else None
+            with structlog.contextvars.bound_contextvars(vm=begun.vm, run=begun.run):
+                log_result(result, job=begun.job, target=target)
+            self.catalogue.finish(result)
 
     def _vm_lock(self, vm: str) -> asyncio.Lock:
         return self._vm_locks.setdefault(vm, asyncio.Lock())
 
     async def run_job(
-        self, name: str, *, on_progress: Callable[[Progress], None] = lambda _progress: None
+        self,
+        name: str,
+        vms: Mapping[str, int] | None = None,
+        *,
+        on_progress: Callable[[Progress], None] = lambda _progress: None,
     ) -> list[RunResult]:
-        """Back up all VMs of a job, side by side as far as admission allows."""
+        """Back up all VMs of a job, or those of `vms`, side by side as far as admission allows.
+
+        The catalogue knows which it is not done with; `vms` says how often it was interrupted amid each (see
+        `retry.after_restart`). Cancelled, it is done with all, unless that is because vmfleece is `stopping`.
+        """
         job = self.config.job[name]
         options = self.config.run_options(name)
-        log.info("job.started", job=name, vms=len(job.vms))
+        if vms is None:
+            vms = dict.fromkeys(job.vms, 0)
+        log.info("job.started", job=name, vms=len(vms))
+        await asyncio.to_thread(self._enter, partial(self.catalogue.begin_turn, name, vms))
         async with asyncio.TaskGroup() as group:
-            runs = [group.create_task(self._with_retries(vm, options, job.retries, on_progress)) for vm in job.vms]
+            runs = [group.create_task(self._take_turn(job, vm, options, on_progress)) for vm in vms]
         results = [run.result() for run in runs]
         failed = [result.vm for result in results if result.error is not None]
         for result in results:
@@ -289,6 +321,19 @@ class Engine:
                     await prune(self._means.targets[target], vm, keeps, merge=merge)
             except VmfleeceError as error:
                 log.warning("prune.failed", vm=vm, target=target, error=str(error))
+
+    async def _take_turn(
+        self, job: JobSettings, vm: str, options: RunOptions, on_progress: Callable[[Progress], None]
+    ) -> RunResult:
+        done = False
+        try:
+            result = await self._with_retries(vm, options, job.retries, on_progress)
+            done = True
+        finally:
+            if done or not self.stopping:
+                end = partial(self.catalogue.end_turn, job.name, vm)
+                await aio.finish(asyncio.to_thread(self._enter, end))
+        return result
 
     async def _with_retries(
         self, vm: str, options: RunOptions, retries: int, on_progress: Callable[[Progress], None]

@@ -1,10 +1,13 @@
-"""What has been done: runs with their results, and when each job was last due. SQLite in state_dir.
+"""What has been done: runs with their results, and jobs' turns. SQLite in state_dir.
 
-A run is entered before it touches its VM, so that whatever is found in a QEMU later can be told to be ours.
+A run is entered before it touches its VM, so that whatever is found in a QEMU later can be told to be ours. So is
+each VM of a job's turn: one that is there after a restart was not done with, whatever ended vmfleece.
 Every method is one short transaction; the caller owns state_dir (see `lock`).
 """
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 from orchestrator.model import RunResult
 from orchestrator.state.database import Database
 
-VERSION = 1
+VERSION = 2
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (
     run TEXT PRIMARY KEY,
@@ -23,7 +26,23 @@ CREATE TABLE IF NOT EXISTS runs (
     result TEXT
 );
 CREATE TABLE IF NOT EXISTS due (job TEXT PRIMARY KEY, last TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS turns (
+    job TEXT NOT NULL,
+    vm TEXT NOT NULL,
+    restarts INTEGER NOT NULL,
+    PRIMARY KEY (job, vm)
+);
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A run that was entered and has not ended."""
+
+    run: str
+    vm: str
+    job: str | None
+    started: datetime
 
 
 class Catalogue:
@@ -61,6 +80,14 @@ class Catalogue:
                 (result.outcome, json.dumps(result.as_json()), result.run),
             )
 
+    def unended(self) -> list[Begun]:
+        """The runs of which no end was entered, oldest first: those under way, and those of dead processes."""
+        with self._database.transaction() as connection:
+            rows = connection.execute(
+                "SELECT run, vm, job, started FROM runs WHERE outcome IS NULL ORDER BY started"
+            ).fetchall()
+        return [Begun(run, vm, job, datetime.fromisoformat(started)) for run, vm, job, started in rows]
+
     def knows(self, run: str) -> bool:
         """Whether a run was ever entered."""
         with self._database.transaction() as connection:
@@ -79,6 +106,23 @@ class Catalogue:
                 "SELECT result FROM runs WHERE vm = ? AND result IS NOT NULL ORDER BY started", (vm,)
             ).fetchall()
         return [json.loads(row[0]) for row in rows]
+
+    def begin_turn(self, job: str, vms: Mapping[str, int]) -> None:
+        """Enter which VMs a job is about to back up, in place of what its last turn left; see `unfinished`."""
+        with self._database.transaction() as connection:
+            connection.execute("DELETE FROM turns WHERE job = ?", (job,))
+            rows = [(job, vm, restarts) for vm, restarts in vms.items()]
+            connection.executemany("INSERT INTO turns (job, vm, restarts) VALUES (?, ?, ?)", rows)
+
+    def end_turn(self, job: str, vm: str) -> None:
+        """Enter that a job is done with a VM."""
+        with self._database.transaction() as connection:
+            connection.execute("DELETE FROM turns WHERE job = ? AND vm = ?", (job, vm))
+
+    def unfinished(self, job: str) -> dict[str, int]:
+        """The VMs that a job's turn is not done with, each with how often vmfleece was started anew meanwhile."""
+        with self._database.transaction() as connection:
+            return dict(connection.execute("SELECT vm, restarts FROM turns WHERE job = ?", (job,)).fetchall())
 
     def last_due(self, job: str) -> datetime | None:
         """The last time a job was due and was started, or came to its turn."""

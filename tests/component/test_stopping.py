@@ -21,6 +21,8 @@ from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED
 ROOT = Path(__file__).parents[2]
 DISK_BYTES = 8 << 20
 WITHIN_SECONDS = 30
+NEVER = "2040-01-01"
+"""When nobody waits for a job any more."""
 CONFIG = """\
 [daemon]
 state_dir = "{0}/state"
@@ -35,7 +37,8 @@ path = "{0}/backup"
 [vm.web01]
 qmp = "{0}/web01.qmp"
 [job.often]
-schedule = "*:*:0/2"
+schedule = "{schedule}"
+retries = {retries}
 vms = ["web01"]
 target = "main"
 fleecing = "enabled=1,storage=local"
@@ -59,10 +62,13 @@ class Bench:
         until((folder / "bed.qmp").exists)
         self.configure(bwlimit="1")
 
-    def configure(self, *, stop_timeout: str = "60s", bwlimit: str = "0") -> None:
-        (self.folder / "vmfleece.toml").write_text(
-            CONFIG.format(self.folder, stop_timeout=stop_timeout, bwlimit=bwlimit)
+    def configure(
+        self, *, stop_timeout: str = "60s", bwlimit: str = "0", schedule: str = "*:*:0/2", retries: int = 0
+    ) -> None:
+        text = CONFIG.format(
+            self.folder, stop_timeout=stop_timeout, bwlimit=bwlimit, schedule=schedule, retries=retries
         )
+        (self.folder / "vmfleece.toml").write_text(text)
 
     def start(self, *arguments: str) -> "subprocess.Popen[str]":
         argv = [sys.executable, "-m", "orchestrator", *arguments, "--config", f"{self.folder}/vmfleece.toml"]
@@ -80,20 +86,26 @@ class Bench:
                 return [next(reply for reply in replies if "return" in reply)["return"] for _ in range(2)][1]
 
     @contextlib.contextmanager
-    def copying(self, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
-        """A vmfleece with a run that copies, slowly; it does not outlive the block."""
+    def running(self, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
+        """A vmfleece that does not outlive the block."""
         with self.start(*arguments) as process:
             try:
-                self._until_it_copies(process)
                 yield process
             finally:
                 process.kill()
 
-    def _until_it_copies(self, process: "subprocess.Popen[str]") -> None:
-        until(
-            lambda: process.poll() is not None or {job["status"] for job in self.ask("query-jobs")} == {"running"}
-        )
-        assert process.poll() is None, process.communicate()
+    @contextlib.contextmanager
+    def copying(self, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
+        """As `running`, with a run that copies, slowly."""
+        of_dead_runs = self.jobs()
+        with self.running(*arguments) as process:
+            until(lambda: process.poll() is not None or self.jobs() - of_dead_runs)
+            assert process.poll() is None, process.communicate()
+            yield process
+
+    def jobs(self) -> set[str]:
+        """Those that copy."""
+        return {job["id"] for job in self.ask("query-jobs") if job["status"] == "running"}
 
     @contextlib.contextmanager
     def hanging(self) -> Iterator[None]:
@@ -186,6 +198,59 @@ def test_a_daemon_leaves_runs_that_do_not_end_in_time_and_names_them(bench: Benc
     assert lines[-1]["why"] == "not ended within 1s (daemon.stop_timeout)"
     assert lines[-1]["runs"] == [{"vm": "web01", "run": started["run"], "phase": "cleaning"}]
     bench.assert_something_is_left()
+    bench.assert_the_next_one_puts_it_right()
+
+
+def told(process: "subprocess.Popen[str]", event: str) -> list[dict[str, Any]]:
+    """What a process that goes on has logged, until it logs this."""
+    lines: list[dict[str, Any]] = []
+    assert process.stderr is not None
+    while not lines or lines[-1]["event"] != event:
+        lines.append(json.loads(process.stderr.readline()))
+    return lines
+
+
+def ended(lines: list[dict[str, Any]]) -> list[tuple[str, str | None]]:
+    """How runs ended, and with which code."""
+    runs = [line for line in lines if line["event"] == "run.finished"]
+    return [(line["outcome"], line["error"] and line["error"]["code"]) for line in runs]
+
+
+def interrupted(lines: list[dict[str, Any]]) -> list[tuple[list[str], list[str]]]:
+    return [(line["vms"], line["given_up"]) for line in lines if line["event"] == "job.interrupted"]
+
+
+def test_a_job_that_was_killed_or_stopped_goes_on_when_the_daemon_starts(bench: Bench) -> None:
+    bench.configure(bwlimit="1", schedule=NEVER, retries=2)
+    with bench.copying("job", "run", "often") as process:
+        process.kill()
+    with bench.copying("daemon") as process:
+        process.terminate()
+        lines = events(process.communicate(timeout=WITHIN_SECONDS)[1])
+    assert process.returncode == 0
+    assert interrupted(lines) == [(["web01"], [])]
+    assert ended(lines) == [("failed", "vmfleece-gone"), ("cancelled", "cancelled")]
+    assert not bench.ask("query-jobs")
+    bench.configure(schedule=NEVER, retries=2)
+    with bench.running("daemon") as process:
+        lines = told(process, "job.finished")
+    assert interrupted(lines) == [(["web01"], [])]
+    assert ended(lines) == [("succeeded", None)]
+    with bench.running("daemon") as process:
+        assert interrupted(told(process, "job.scheduled")) == []
+    bench.assert_the_next_one_puts_it_right()
+
+
+def test_a_job_that_is_killed_each_time_comes_to_an_end(bench: Bench) -> None:
+    bench.configure(bwlimit="1", schedule=NEVER, retries=1)
+    for command in (["job", "run", "often"], ["daemon"]):
+        with bench.copying(*command) as process:
+            process.kill()
+    with bench.running("daemon") as process:
+        lines = told(process, "job.scheduled")
+    assert interrupted(lines) == [([], ["web01"])]
+    assert ended(lines) == [("failed", "vmfleece-gone")]
+    assert "run.started" not in {line["event"] for line in lines}
     bench.assert_the_next_one_puts_it_right()
 
 

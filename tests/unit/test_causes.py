@@ -155,6 +155,23 @@ def test_without_retries_nothing_is_tried_again() -> None:
     assert {retry.pause_seconds(cause, tries=1, retries=0) for cause in Cause} == {None}
 
 
+@pytest.mark.parametrize(
+    ("unfinished", "retries", "again"),
+    [
+        ({}, 2, {}),
+        ({"web01": 0}, 1, {"web01": 1}),
+        ({"web01": 1, "db01": 0}, 2, {"web01": 2, "db01": 1}),
+        ({"web01": 1}, 1, {}),  # a run that kills vmfleece each time
+        ({"web01": 0}, 0, {}),
+        ({"web01": 0, "not of the job any more": 0}, 1, {"web01": 1}),
+    ],
+)
+def test_a_turn_goes_on_after_a_restart_as_often_as_runs_are_tried_again(
+    unfinished: dict[str, int], retries: int, again: dict[str, int]
+) -> None:
+    assert retry.after_restart(unfinished, vms=("web01", "db01"), retries=retries) == again
+
+
 @pytest.mark.parametrize("cause", Cause)
 def test_a_run_that_ran_full_but_may_be_granted_more_is_tried_again_at_once(cause: Cause) -> None:
     pause = retry.pause_seconds(cause, tries=2, retries=2, may_be_granted_more=True)

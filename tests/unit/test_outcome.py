@@ -131,7 +131,7 @@ def test_a_snapshot_keeps_how_it_was_made() -> None:
 def test_one_closing_line_holds_everything(error: ErrorReport | None, level: str) -> None:
     ended = result(facts(snapshot=committed()), error)
     with capture_logs() as lines:
-        log_result(ended, OPTIONS)
+        log_result(ended, job="nightly", target="main")
     (line,) = lines
     assert (line["event"], line["log_level"]) == ("run.finished", level)
     assert (line["job"], line["target"]) == ("nightly", "main")

@@ -1,6 +1,8 @@
 """When jobs are started, on a clock that only sleeping moves."""
 
 import asyncio
+import contextlib
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ class Clock:
         self.now, self.until = START, until
         self.sleeps: list[float] = []
         self.runs: list[datetime] = []
+        self.vms: list[Mapping[str, int] | None] = []
         self.takes = timedelta(0)
         monkeypatch.setattr(scheduler, "now", lambda: self.now)
         monkeypatch.setattr(asyncio, "sleep", self.sleep)
@@ -45,8 +48,9 @@ class Clock:
             raise asyncio.CancelledError
         await REAL_SLEEP(0)
 
-    async def run(self, name: str) -> None:
+    async def run(self, name: str, vms: Mapping[str, int] | None = None, /) -> None:
         assert name == "nightly"
+        self.vms.append(vms)
         self.runs.append(self.now)
         self.now += self.takes
 
@@ -82,7 +86,7 @@ async def test_a_job_runs_whenever_it_is_due(monkeypatch: pytest.MonkeyPatch, ca
 
 
 async def test_a_job_without_a_schedule_is_never_due(catalogue: Catalogue) -> None:
-    async def run(name: str) -> None:
+    async def run(name: str, _vms: Mapping[str, int] | None = None, /) -> None:
         pytest.fail(name)
 
     await asyncio.wait_for(scheduler.serve(job(None), run, catalogue), 5)
@@ -125,6 +129,33 @@ async def test_many_missed_turns_are_taken_once(monkeypatch: pytest.MonkeyPatch,
     assert runs == []
 
 
+@pytest.mark.parametrize("schedule", [None, "*-*-* 14:00 UTC"])
+async def test_a_turn_that_was_interrupted_is_finished_at_the_next_start(
+    monkeypatch: pytest.MonkeyPatch, catalogue: Catalogue, schedule: str | None
+) -> None:
+    catalogue.set_last_due("nightly", at(11))
+    catalogue.begin_turn("nightly", {"web01": 0, "gone": 0})
+    clock = Clock(monkeypatch, at(13))
+    with capture_logs() as lines, contextlib.suppress(asyncio.CancelledError):
+        await scheduler.serve(job(schedule, retries=1), clock.run, catalogue)
+    assert (clock.runs, clock.vms) == ([START], [{"web01": 1}])
+    (said,) = [line for line in lines if line["event"] == "job.interrupted"]
+    assert (said["vms"], said["given_up"]) == (["web01"], ["gone"])
+    assert catalogue.last_due("nightly") == at(11)
+
+
+@pytest.mark.parametrize("repeat_missed", [True, False])
+async def test_a_turn_that_was_interrupted_is_not_finished_once_another_was_missed(
+    monkeypatch: pytest.MonkeyPatch, catalogue: Catalogue, repeat_missed: bool
+) -> None:
+    catalogue.set_last_due("nightly", at(14, day=20))
+    catalogue.begin_turn("nightly", {"web01": 0})
+    clock = Clock(monkeypatch, at(13))
+    with contextlib.suppress(asyncio.CancelledError):
+        await scheduler.serve(job(repeat_missed=repeat_missed, retries=2), clock.run, catalogue)
+    assert clock.vms == ([None] if repeat_missed else [])
+
+
 async def test_a_turn_that_comes_while_the_last_one_runs_is_skipped_and_said_so(
     monkeypatch: pytest.MonkeyPatch, catalogue: Catalogue
 ) -> None:
@@ -161,7 +192,7 @@ async def test_a_turn_is_remembered_before_it_is_taken(
     """A daemon that is killed in a run must not repeat it at every start."""
     seen: list[datetime | None] = []
 
-    async def killed(_name: str) -> None:
+    async def killed(_name: str, _vms: Mapping[str, int] | None = None, /) -> None:
         seen.append(catalogue.last_due("nightly"))
         raise asyncio.CancelledError
 
@@ -176,7 +207,7 @@ async def test_a_job_that_cannot_go_on_is_said_so_and_taken_again_at_its_next_tu
 ) -> None:
     clock = Clock(monkeypatch, at(15, day=23))
 
-    async def failing(name: str) -> None:
+    async def failing(name: str, _vms: Mapping[str, int] | None = None, /) -> None:
         await clock.run(name)
         if len(clock.runs) == 1:
             raise StateError("no space left", code="state-unusable")

@@ -20,7 +20,7 @@ import pytest
 from orchestrator.errors import EXIT_LOCKED, StateError
 from orchestrator.model import ErrorReport, Kind, Outcome, RunResult
 from orchestrator.state import lock
-from orchestrator.state.catalogue import Catalogue
+from orchestrator.state.catalogue import Begun, Catalogue
 from orchestrator.state.database import Database
 
 ROOT = Path(__file__).parents[2]
@@ -151,6 +151,37 @@ def test_the_last_due_time_of_each_job_is_kept_with_its_zone(catalogue: Catalogu
     assert catalogue.last_due("weekly") is None
 
 
+def test_runs_without_an_end_are_told_oldest_first(catalogue: Catalogue, tmp_path: Path) -> None:
+    for number in (2, 0, 1):
+        catalogue.begin(f"run{number}", "web01", "nightly" if number else None, STARTED + timedelta(hours=number))
+    catalogue.finish(replace(RESULT, run="run1"))
+    assert Catalogue(tmp_path).unended() == [
+        Begun("run0", "web01", None, STARTED),
+        Begun("run2", "web01", "nightly", STARTED + timedelta(hours=2)),
+    ]
+
+
+def test_what_a_turn_is_not_done_with_is_kept(catalogue: Catalogue, tmp_path: Path) -> None:
+    catalogue.begin_turn("nightly", {"web01": 0, "db01": 3})
+    catalogue.begin_turn("weekly", {"web01": 1})
+    catalogue.end_turn("nightly", "web01")
+    catalogue.end_turn("nightly", "never there")
+    for opened in (catalogue, Catalogue(tmp_path)):
+        assert opened.unfinished("nightly") == {"db01": 3}
+        assert opened.unfinished("weekly") == {"web01": 1}
+    catalogue.begin_turn("nightly", {"web01": 0})
+    assert catalogue.unfinished("nightly") == {"web01": 0}
+
+
+def test_a_catalogue_of_the_first_format_is_taken_over(catalogue: Catalogue, tmp_path: Path) -> None:
+    catalogue.begin(RESULT.run, "web01", None, STARTED)
+    with contextlib.closing(sqlite3.connect(tmp_path / "catalogue.sqlite")) as connection:
+        connection.executescript("DROP TABLE turns; PRAGMA user_version = 1")
+    again = Catalogue(tmp_path)
+    assert again.unfinished("nightly") == {}
+    assert again.knows(RESULT.run)
+
+
 @pytest.mark.parametrize(
     "act",
     [
@@ -158,6 +189,10 @@ def test_the_last_due_time_of_each_job_is_kept_with_its_zone(catalogue: Catalogu
         lambda one: one.finish(RESULT),
         lambda one: one.knows("r"),
         lambda one: one.results("v"),
+        lambda one: one.unended(),
+        lambda one: one.begin_turn("j", {"v": 0}),
+        lambda one: one.end_turn("j", "v"),
+        lambda one: one.unfinished("j"),
         lambda one: one.last_due("j"),
         lambda one: one.set_last_due("j", STARTED),
         lambda one: Catalogue(one._database._path.parent),
