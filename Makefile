@@ -29,9 +29,12 @@ test: tools lint
 	$(BIN)/python -m pytest -n auto --dist worksteal tests/unit tests/component tests/peer
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/faults tests/qemu
 
-# 240 backups under load, on all QEMUs, since what kills a guest may do so once in tens (half an hour on two cores).
+# 240 backups under load, on all QEMUs, since what kills a guest may do so once in tens (half an hour on two cores);
+# then 260 kills of the daemon, with other faults between them (an hour). Reports are kept in .cache/faults.txt, too.
 soak: tools $(STAMP)
 	$(BIN)/python -m tests.soak.versions
+	$(BIN)/python -m tests.faults --rounds 200 --target images --qemu 7.2
+	$(BIN)/python -m tests.faults --rounds 60 --target repository --qemu 10.0
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -53,7 +53,7 @@ class Catalogue:
             self.path(state_dir),
             SCHEMA,
             version=VERSION,
-            lost="only history is lost",
+            lost="history is lost, and what a killed vmfleece left in a QEMU is then taken for somebody else's",
             stays_open=False,
         )
         with self._database.transaction():
