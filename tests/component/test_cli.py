@@ -411,8 +411,8 @@ def test_there_is_one_daemon_a_state_dir_also_after_a_kill(
 ) -> None:
     with daemon(config) as first:
         systemd()
-        assert_said(run("daemon", "--config", config), 11, f"process {first.pid})")
-        assert_said(run("backup", "web01", "--config", config), 11, f"process {first.pid})")
+        assert_said(run("daemon", "--config", config), 11, f"process {first.pid}, since ")
+        assert_said(run("backup", "web01", "--config", config), 11, f"process {first.pid}, since ")
         first.kill()
         first.wait()
         with daemon(config) as second:

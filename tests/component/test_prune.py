@@ -260,7 +260,7 @@ def test_it_does_not_run_beside_the_daemon_or_a_backup(run: Run, root: Path, tmp
     with lock.owned(tmp_path / "state"):
         done = run("prune")
     assert done.returncode == 11
-    assert f"process {os.getpid()})" in done.stderr
+    assert f"process {os.getpid()}, since " in done.stderr
     assert "prune cannot run beside the daemon or a backup" in done.stderr
     assert left(root) == ids(*nights(1, 4))
 

@@ -1,8 +1,10 @@
 """What is remembered between processes, and who owns it."""
 
 import contextlib
+import fcntl
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -64,16 +66,43 @@ def test_a_second_owner_is_refused_with_the_firsts_pid_until_it_is_dead(tmp_path
     with owner(state_dir) as first:
         try:
             for _ in range(2):
-                with pytest.raises(StateError, match=f"process {first.pid}\\)") as refused, lock.owned(state_dir):
+                with pytest.raises(StateError) as refused, lock.owned(state_dir):
                     pytest.fail("owned twice")
+                said = re.search(r"another vmfleece \(process (\d+), since (.+?)\) is", refused.value.message)
+                assert said is not None
+                assert int(said[1]) == first.pid
+                assert timedelta(0) <= datetime.now(UTC) - datetime.fromisoformat(said[2]) < timedelta(minutes=1)
                 assert (refused.value.code, refused.value.exit_code) == ("locked", EXIT_LOCKED)
                 assert str(state_dir) in refused.value.message
         finally:
             first.send_signal(signal.SIGKILL)
         first.wait()
-    (state_dir / "lock").write_text("4194304 and more\n")
+    (state_dir / "lock").write_text("what is longer than what it is replaced by" * 10)
     with lock.owned(state_dir):
-        assert (state_dir / "lock").read_text() == f"{os.getpid()}\n"
+        assert json.loads((state_dir / "lock").read_text())["process"] == os.getpid()
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        '{"process": %d, "born": 1, "since": "2026-11-22T02:30:00+00:00"}',  # the id was given to another one
+        '{"process": 4194305, "born": 1, "since": "2026-11-22T02:30:00+00:00"}',  # nobody has it
+        '{"process": %d, "bo',
+        "%d",
+        "[%d]",
+        "",
+    ],
+)
+def test_nobody_is_named_for_what_a_dead_owner_wrote(tmp_path: Path, left: str) -> None:
+    """The next owner has the lock and has not entered itself yet."""
+    (tmp_path / "lock").write_text(left.replace("%d", str(os.getpid())))
+    with (tmp_path / "lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(StateError) as refused, lock.owned(tmp_path):
+            pytest.fail("owned twice")
+    assert refused.value.message == f"another vmfleece is using state_dir {tmp_path}"
+    with lock.owned(tmp_path):  # whatever it says: the kernel knows that nobody holds it
+        pass
 
 
 def test_a_lock_ends_with_its_block_also_after_an_error(tmp_path: Path) -> None:
