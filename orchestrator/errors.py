@@ -2,6 +2,7 @@
 
     VmfleeceError
     ├── ConfigError          the configuration or the command line is wrong   exit 2
+    │   └── UnknownName      there is no VM, job, target or run of that name
     ├── MonitorError         QEMU's monitor
     │   ├── ConnectFailed    no monitor answers at the socket
     │   │   └── NobodyThere  nobody listens: no QEMU of that socket lives
@@ -23,6 +24,7 @@ A caller branches on the class or on `code`, never on the text. `message` says w
 with which numbers; `hint` says what the operator can do. Whether waiting can help is told by the code: `causes`.
 """
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 from orchestrator import causes
@@ -72,6 +74,15 @@ class ConfigError(VmfleeceError):
     def __init__(self, message: str, *, hint: str = "", problems: tuple[str, ...] = ()) -> None:
         super().__init__(message, hint=hint)
         self.problems = problems
+
+
+class UnknownName(ConfigError):
+    """Something is named that is not there; `known` are the names that are, `place` is where they stand."""
+
+    code = "unknown-name"
+
+    def __init__(self, what: str, name: str, known: Iterable[str], *, place: str) -> None:
+        super().__init__(f"no {what} {name!r} in {place}", hint=f"there are: {', '.join(known) or 'none'}")
 
 
 class MonitorError(VmfleeceError):

@@ -13,6 +13,7 @@ from typing import Any
 
 from orchestrator import causes
 from orchestrator.causes import Cause
+from orchestrator.errors import VmfleeceError
 
 
 class Consistency(StrEnum):
@@ -138,6 +139,11 @@ class ErrorReport:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cause", causes.of(self.code))
+
+    @staticmethod
+    def of(error: VmfleeceError) -> "ErrorReport":
+        """One that was raised, as data."""
+        return ErrorReport(error.code, error.message, error.hint)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,13 @@ from rich.text import Text
 from orchestrator.cli import render
 from orchestrator.cli.status_view import View, lines
 from orchestrator.config import Config
-from orchestrator.errors import EXIT_OK, StateError
+from orchestrator.errors import EXIT_OK, VmfleeceError
 from orchestrator.service import client, engine
 from orchestrator.service.status import Status
 
 REFRESH_SECONDS = 1.0
+
+Seen = Status | VmfleeceError
 
 
 async def status(config: Config, arguments: argparse.Namespace) -> int:
@@ -45,7 +47,9 @@ async def _ask(config: Config) -> Status:
     return await engine.offline_status(config) if answer is None else answer
 
 
-async def _watch(config: Config, seen: Status | StateError, show: Callable[[Status | StateError], None]) -> None:
+async def _watch(
+    config: Config, seen: Status | VmfleeceError, show: Callable[[Status | VmfleeceError], None]
+) -> None:
     """Show what was seen, and what is from then on. Returns when cancelled: Ctrl-C is how watching ends."""
     try:
         while True:
@@ -53,7 +57,7 @@ async def _watch(config: Config, seen: Status | StateError, show: Callable[[Stat
             await asyncio.sleep(REFRESH_SECONDS)
             try:
                 seen = await _ask(config)
-            except StateError as error:  # it is ending, starting or hanging: it may answer again
+            except VmfleeceError as error:  # it is ending, starting or hanging: it may answer again
                 seen = error
     except asyncio.CancelledError:
         return
@@ -65,8 +69,8 @@ def _is_live() -> bool:
     return sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal
 
 
-def _screen(console: Console, seen: Status | StateError) -> Group:
-    if isinstance(seen, StateError):
+def _screen(console: Console, seen: Seen) -> Group:
+    if isinstance(seen, VmfleeceError):
         return Group(Text(seen.message, "bold red"), Text(seen.hint))
     return Group(*lines(seen, _view(console, height=console.height)))
 
@@ -81,16 +85,16 @@ def _print(seen: Status) -> None:
     sys.stdout.flush()
 
 
-def _print_block(seen: Status | StateError) -> None:
-    if isinstance(seen, StateError):
+def _print_block(seen: Seen) -> None:
+    if isinstance(seen, VmfleeceError):
         print(f"{seen.message}\n{seen.hint}")
     else:
         _print(seen)
     print(flush=True)
 
 
-def _print_compact(seen: Status | StateError) -> None:
-    document = {"error": render.error_json(seen)} if isinstance(seen, StateError) else seen.as_json()
+def _print_compact(seen: Seen) -> None:
+    document = {"error": render.error_json(seen)} if isinstance(seen, VmfleeceError) else seen.as_json()
     print(json.dumps(document, ensure_ascii=False, separators=(",", ":")), flush=True)
 
 

@@ -17,6 +17,7 @@ Nothing is ever ignored: a key that is not known, or whose feature is not there 
 from orchestrator.config.load import default_path, effective, load, parse_fleecing
 from orchestrator.config.schema import json_schema
 from orchestrator.config.settings import (
+    Address,
     Config,
     DaemonSettings,
     JobSettings,
@@ -31,6 +32,7 @@ from orchestrator.config.values import SMALLEST_QUOTA_BYTES
 
 __all__ = [
     "SMALLEST_QUOTA_BYTES",
+    "Address",
     "Config",
     "DaemonSettings",
     "JobSettings",

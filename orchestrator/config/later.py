@@ -33,7 +33,6 @@ class Later:
 
 
 LATER = (
-    Later("daemon", "listen"),
     Later("daemon", "ledger", only="sqlite"),
     Later("storage", "driver", only="directory"),
     Later("vm", "libvirt", instead="give qmp, a monitor socket of its own"),

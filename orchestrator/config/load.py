@@ -133,6 +133,9 @@ def _config(path: Path, draft: Draft, settings: tuple[Setting, ...]) -> Config:
             max_runs=daemon.max_runs,
             log_format=daemon.log_format,
             log_level=daemon.log_level,
+            listen=daemon.listen,
+            hosts=tuple(daemon.hosts),
+            token_file=daemon.token_file,
         ),
         storage={
             name: StorageSettings(name, table.path, table.quota, table.min_free, table.first_grant, table.max_runs)

@@ -16,6 +16,8 @@ from orchestrator.config.values import (
     Calendar,
     CbwTimeout,
     Duration,
+    HostName,
+    Listen,
     MaxRuns,
     Name,
     Patterns,
@@ -53,6 +55,22 @@ class DaemonTable(Table):
         "/run/vmfleece",
         description="Folder of the control socket.",
         example="/run/vmfleece",
+    )
+    listen: Listen | None = _key(
+        None,
+        description="Address and port of the API by TCP, read-only without a token; not by TCP if absent.",
+        example="127.0.0.1:9321",
+    )
+    hosts: list[HostName] = _key(
+        [],
+        description="Names by which that address may be called, beside addresses and the host's own name.",
+        example=["backup.example.org"],
+    )
+    token_file: AbsolutePath | None = _key(
+        None,
+        description="File with the token that whoever changes something by TCP needs; systemd's credential "
+        "api.token if absent. Without one, nothing can be changed there.",
+        example="/etc/vmfleece/api.token",
     )
     stop_timeout: Duration = _key(
         "60s",

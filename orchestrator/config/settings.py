@@ -34,8 +34,23 @@ class TargetDriver(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen by TCP; `host` is an address, not a name."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
 class DaemonSettings:
-    """The service itself. `max_runs` over all storages and targets."""
+    """The service itself. `max_runs` over all storages and targets.
+
+    `listen` None: not by TCP. `hosts` are names that it is called by there. `token_file` None: systemd's
+    credential.
+    """
 
     state_dir: Path
     run_dir: Path
@@ -43,6 +58,9 @@ class DaemonSettings:
     max_runs: int
     log_format: LogFormat
     log_level: LogLevel
+    listen: Address | None = None
+    hosts: tuple[str, ...] = ()
+    token_file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

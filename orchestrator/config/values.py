@@ -3,6 +3,8 @@
 A refusal is a ValueError that says what was given and what is allowed.
 """
 
+import contextlib
+import ipaddress
 import re
 from collections.abc import Mapping
 from enum import StrEnum
@@ -12,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from orchestrator.config.properties import FLEECING_ALLOWED, parse_fleecing_properties
+from orchestrator.config.settings import Address
 from orchestrator.units import (
     MIB,
     Share,
@@ -29,6 +32,8 @@ SMALLEST_QUOTA_BYTES = 2 * MIB
 _LONGEST_CBW_TIMEOUT_SECONDS = 45
 _LONGEST_SOCKET_BYTES = 107  # sun_path of unix(7), without the closing zero
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_LISTEN = re.compile(r"(?:(?P<v4>[0-9.]+)|\[(?P<v6>[0-9A-Fa-f:.]+)\]):(?P<port>[0-9]{1,5})")
+_HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 _URL = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](?:/(?!\.{1,2}(?:/|$))[A-Za-z0-9!_.*'()=-]+)*/?")
 
 
@@ -88,6 +93,20 @@ def _parse_cbw_timeout(given: str | float) -> int:
     return int(seconds)
 
 
+def _read_address(given: Any) -> Address:
+    allowed = "allowed: an address and a port, such as '127.0.0.1:9321' or '[::1]:9321'"
+    if isinstance(given, str) and (found := _LISTEN.fullmatch(given)) and 0 < int(found["port"]) < 1 << 16:
+        with contextlib.suppress(ValueError):
+            return Address(str(ipaddress.ip_address(found["v4"] or found["v6"])), int(found["port"]))
+    raise ValueError(f"{given!r} is nowhere to listen; {allowed}")
+
+
+def _check_host(given: str) -> str:
+    if not _HOST.fullmatch(given):
+        raise ValueError(f"{given!r} is no name of a host; allowed: such as 'backup.example.org', without a port")
+    return given
+
+
 def _check_calendar(given: str) -> str:
     parse_calendar(given)
     return given.strip()
@@ -125,6 +144,8 @@ AbsolutePath = Annotated[
 Url = Annotated[
     str, AfterValidator(_check_url), WithJsonSchema({"type": "string", "pattern": f"^{_URL.pattern}$"})
 ]
+Listen = Annotated[Address, BeforeValidator(_read_address), WithJsonSchema({"type": "string"})]
+HostName = Annotated[str, AfterValidator(_check_host)]
 Socket = Annotated[AbsolutePath, AfterValidator(_check_socket)]
 Quota = Annotated[int, AfterValidator(_check_quota), BeforeValidator(parse_size), _text_or_number("integer")]
 ShareOrSize = Annotated[Share | int, BeforeValidator(parse_share_or_size), _text_or_number("integer")]

@@ -48,7 +48,7 @@ from orchestrator.qemu import capabilities, commands, jobs, qmp, tools
 from orchestrator.qemu.monitor import Monitor
 from orchestrator.run import copy, particulars, quiesce, survey, vigil
 from orchestrator.run.copying import Copies, Copying, by_windows
-from orchestrator.run.outcome import CANCELLED, DiskRun, Facts, log_result
+from orchestrator.run.outcome import WAS_CANCELLED, DiskRun, Facts, log_result
 from orchestrator.run.plan import Past, Plan
 from orchestrator.run.survey import Storages
 from orchestrator.state.journal import Journal
@@ -109,9 +109,9 @@ async def back_up(
             await aio.finish(asyncio.to_thread(enter))
             await _Run(vm, options, means, run=run, facts=facts, on_progress=on_progress).execute(started)
         except VmfleeceError as failure:
-            error = ErrorReport(failure.code, failure.message, failure.hint)
+            error = ErrorReport.of(failure)
         except asyncio.CancelledError as cancellation:
-            error = ErrorReport(CANCELLED, "the run was cancelled")
+            error = WAS_CANCELLED
             cancelled = cancellation
         except Exception as bug:  # one VM's run must not end the others
             log.exception("run.bug")

@@ -28,6 +28,7 @@ from orchestrator.target.extra_files import ExtraFile
 log = structlog.get_logger(__name__)
 
 CANCELLED = "cancelled"
+WAS_CANCELLED = ErrorReport(CANCELLED, "the run was cancelled")
 
 
 @dataclass(slots=True)
@@ -165,6 +166,13 @@ class Facts:
             warnings=tuple(self.warnings),
             error=error,
         )
+
+
+def never_began(vm: str, run: str, options: RunOptions, started: datetime) -> RunResult:
+    """The result, and the closing line, of a run that was cancelled before it began."""
+    result = Facts().result(vm, run, started=started, duration_seconds=0.0, error=WAS_CANCELLED)
+    log_result(result, job=options.job, target=options.target)
+    return result
 
 
 def log_result(result: RunResult, *, job: str | None, target: str | None) -> None:

@@ -141,7 +141,7 @@ def _say(result: dict[str, Pruned], merge: Merge, stored: Mapping[str, int], *, 
 def _unmerged(one: Pruned, error: TargetError) -> Pruned:
     if error.code in REFUSALS:
         return replace(one, reasons=(*one.reasons, error.message))
-    return replace(one, error=ErrorReport(error.code, error.message, error.hint))
+    return replace(one, error=ErrorReport.of(error))
 
 
 async def remove(target: Target, snapshot: Snapshot) -> None:
@@ -187,7 +187,7 @@ def _still_there(one: Pruned, error: TargetError) -> Pruned:
         code=error.code,
         error=str(error),
     )
-    report = ErrorReport(error.code, error.message, error.hint)
+    report = ErrorReport.of(error)
     return Pruned(snapshot, keep=False, reasons=one.reasons, error=report)
 
 

@@ -31,11 +31,16 @@ from orchestrator.qemu import qmp
 from orchestrator.qemu.monitor import Monitor
 from orchestrator.run import retry
 from orchestrator.run.backup import Connect, Means, back_up, new_run_id
-from orchestrator.run.outcome import Facts, log_result
+from orchestrator.run.outcome import Facts, log_result, never_began
 from orchestrator.run.prune import prune
 from orchestrator.run.survey import Storages
-from orchestrator.service import api, overview
+from orchestrator.service import overview
+from orchestrator.service.api import server
+from orchestrator.service.api.base import Service
+from orchestrator.service.desk import Desk
+from orchestrator.service.feed import Feed
 from orchestrator.service.reconciler import Reconciler
+from orchestrator.service.requests import Requests
 from orchestrator.service.status import Status, StorageStatus
 from orchestrator.service.supervisor import Supervisors
 from orchestrator.state import lock
@@ -128,7 +133,7 @@ async def opened(
     """An engine that owns state_dir for the block; `connect` is how it reaches VMs. Raises StateError.
 
     `recover`: it puts right by itself what dead runs left of guests and grants. `supervise`: it looks after all
-    VMs all the time, as the daemon does.
+    VMs all the time, and does what it is asked for over the API, as the daemon does.
     """
     with lock.owned(config.daemon.state_dir):
         engine = Engine(config, connect, supervise=supervise)
@@ -156,6 +161,7 @@ class Engine:
         """Held by each run to a target; alone by who frees space there."""
         self._vm_locks: dict[str, asyncio.Lock] = {}
         self._live: dict[str, overview.Live] = {}
+        self._lined_up: dict[str, overview.Live] = {}
         self._pausing: dict[str, overview.Pausing] = {}
         self.stopping = False
         """Set before all runs are cancelled because vmfleece ends: its next start goes on with jobs' turns."""
@@ -179,19 +185,24 @@ class Engine:
             journal=self._journal,
             connect=self._reach,
         )
+        self.feed = Feed()
+        self.requests = Requests()
+        self._desk = Desk(self, self._means, Service.DAEMON if supervise else Service.COMMAND)
 
     @contextlib.asynccontextmanager
     async def serving(self, *, recover: bool) -> AsyncIterator[None]:
-        """Put guests right, hold the ledger, look after VMs, and answer on the control socket, for the block."""
-        async with aio.background(*([self._guests_first()] if recover else [])):
-            await asyncio.to_thread(self._enter, self._end_dead_runs)
-            async with (
-                self._controller.serving(),
-                self._supervisors.serving(),
-                aio.background(*([self._recover()] if recover else [])),
-                api.served(self.config.daemon.run_dir, self.status),
-            ):
-                yield
+        """Put guests right, hold the ledger, look after VMs, and answer over the API, for the block."""
+        with self.feed.listening():
+            async with aio.background(*([self._guests_first()] if recover else [])):
+                await asyncio.to_thread(self._enter, self._end_dead_runs)
+                async with (
+                    self._controller.serving(),
+                    self._supervisors.serving(),
+                    aio.background(*([self._recover()] if recover else [])),
+                    server.served(self.config.daemon, self._desk),
+                    aio.background(self.requests.serve()),
+                ):
+                    yield
 
     def _reach(self, path: Path, *, vm: str) -> AbstractAsyncContextManager[Monitor]:
         return self._supervisors.connect(path, vm=vm)
@@ -209,12 +220,14 @@ class Engine:
 
     def under_way(self) -> list[dict[str, str]]:
         """The runs that are not over: `vm`, `run` and `phase`."""
-        runs, _ = overview.runs_and_queue(self._live.values(), self._controller, ())
+        runs, _ = overview.runs_and_queue(self._live.values(), self._controller, (), ())
         return [{"vm": one.vm, "run": one.run, "phase": one.phase} for one in runs]
 
     def status(self) -> Status:
         """What is going on right now."""
-        runs, queue = overview.runs_and_queue(self._live.values(), self._controller, self._pausing.values())
+        runs, queue = overview.runs_and_queue(
+            self._live.values(), self._controller, self._lined_up.values(), self._pausing.values()
+        )
         return Status(
             process=os.getpid(),
             started=self._started.isoformat(),
@@ -226,37 +239,84 @@ class Engine:
     async def back_up(
         self, vm: str, options: RunOptions, *, on_progress: Callable[[Progress], None], run: str | None = None
     ) -> RunResult:
-        """Back up one VM once. Failures are outcomes; cancellation undoes everything, then is raised."""
-        configured = self.config.vms()[vm]
-        async with self._vm_lock(vm):
-            run, started = run or new_run_id(), datetime.now(UTC)
-            live = self._live[run] = overview.Live(vm, run, configured.priority, options, started)
+        """Back up one VM once. Failures are outcomes; cancellation undoes everything, then is raised.
 
-            def progressed(progress: Progress) -> None:
-                live.progress = progress
-                on_progress(progress)
+        A run that is ended by `end_run` is undone, too; that is an outcome.
+        """
+        run = run or new_run_id()
+        live = overview.Live(vm, run, self.config.vms()[vm].priority, options, datetime.now(UTC))
 
-            gate = self.gates[options.target]
+        def progressed(progress: Progress) -> None:
+            live.progress = progress
+            self._tell(progress, on_progress)
+
+        try:
+            result = await aio.unless(live.told_to_end(), self._back_up(live, progressed))
+        except overview.RunCancelled:
+            if live.result is not None:
+                return live.result
+            result = await self._never_began(live)
+        finally:
+            self.feed.forget(run)
+        await aio.finish(asyncio.to_thread(self._remember, result))
+        return result
+
+    async def _back_up(self, live: overview.Live, progressed: Callable[[Progress], None]) -> RunResult:
+        vm, run, options = live.vm, live.run, live.options
+        gate = self.gates[options.target]
+        async with self._in_line(live):
+            if gate.taken:
+                waits_for = f"target {options.target}: the space of forgotten snapshots is being freed"
+                with structlog.contextvars.bound_contextvars(vm=vm, run=run):
+                    log.info("run.queued", reasons=[waits_for], obstacles=[])
+                progressed(Progress(vm, run, Phase.QUEUED, waits_for=waits_for))
+            async with gate.shared():
+
+                def cancelled(result: RunResult) -> None:
+                    live.result = result
+                    self._remember(result)
+
+                return await back_up(
+                    self.config.vms()[vm],
+                    options,
+                    self._means,
+                    run=run,
+                    on_progress=progressed,
+                    enter=partial(self.catalogue.begin, run, vm, options.job, live.started),
+                    on_cancelled=cancelled,
+                )
+
+    @contextlib.asynccontextmanager
+    async def _in_line(self, live: overview.Live) -> AsyncIterator[None]:
+        """Have the VM for the block, with no other run of it beside."""
+        self._lined_up[live.run] = live
+        async with contextlib.AsyncExitStack() as stack:
             try:
-                if gate.taken:
-                    waits_for = f"target {options.target}: the space of forgotten snapshots is being freed"
-                    with structlog.contextvars.bound_contextvars(vm=vm, run=run):
-                        log.info("run.queued", reasons=[waits_for], obstacles=[])
-                    progressed(Progress(vm, run, Phase.QUEUED, waits_for=waits_for))
-                async with gate.shared():
-                    result = await back_up(
-                        configured,
-                        options,
-                        self._means,
-                        run=run,
-                        on_progress=progressed,
-                        enter=partial(self.catalogue.begin, run, vm, options.job, started),
-                        on_cancelled=self._remember,
-                    )
+                await stack.enter_async_context(self._vm_lock(live.vm))
             finally:
-                del self._live[run]
-            await aio.finish(asyncio.to_thread(self._remember, result))
-            return result
+                del self._lined_up[live.run]
+            live.started = datetime.now(UTC)
+            self._live[live.run] = live
+            stack.callback(self._live.pop, live.run)
+            yield
+
+    async def _never_began(self, live: overview.Live) -> RunResult:
+        """What comes of a run that was ended while it waited for its turn."""
+        await asyncio.to_thread(self.catalogue.begin, live.run, live.vm, live.options.job, live.started)
+        with structlog.contextvars.bound_contextvars(vm=live.vm, run=live.run):
+            return never_began(live.vm, live.run, live.options, live.started)
+
+    def end_run(self, run: str) -> bool:
+        """Have a run end, which puts its VM right by itself; whether there is such a run, or try to come."""
+        for waiting in (self._live, self._lined_up, self._pausing):
+            if run in waiting:
+                waiting[run].ending.set()
+                return True
+        return False
+
+    def _tell(self, progress: Progress, on_progress: Callable[[Progress], None]) -> None:
+        self.feed.progress(progress)
+        on_progress(progress)
 
     def _remember(self, result: RunResult) -> None:
         self._enter(partial(self.catalogue.finish, result))
@@ -363,10 +423,11 @@ class Engine:
             )
             until = datetime.now(UTC) + timedelta(seconds=pause_seconds)
             pausing = overview.Pausing(vm, run, self.config.vms()[vm].priority, options, until, result)
-            on_progress(Progress(vm, run, Phase.QUEUED, waits_for=pausing.reason))
+            self._tell(Progress(vm, run, Phase.QUEUED, waits_for=pausing.reason), on_progress)
             self._pausing[run] = pausing
             try:
-                await asyncio.sleep(pause_seconds)
+                if await pausing.ended_within(pause_seconds):
+                    break
             finally:
                 del self._pausing[run]
         return result

@@ -1,9 +1,12 @@
 """From what the engine knows to what `status` shows. Reads only."""
 
+import asyncio
+import contextlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from operator import attrgetter
+from typing import NoReturn
 
 from orchestrator.admission.accounts import Accounts
 from orchestrator.admission.controller import Controller
@@ -17,9 +20,13 @@ PLANNING = "planning"
 """The phase of a run that has not asked for admission yet."""
 
 
+class RunCancelled(Exception):
+    """Somebody wants a run to end."""
+
+
 @dataclass(slots=True, eq=False)
 class Live:
-    """A run that is not over. `progress` is the last that it said."""
+    """A run that is not over. `progress` is the last that it said, `result` what it came to if it was ended."""
 
     vm: str
     run: str
@@ -27,6 +34,13 @@ class Live:
     options: RunOptions
     started: datetime
     progress: Progress | None = None
+    result: RunResult | None = None
+    ending: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def told_to_end(self) -> NoReturn:
+        """Wait until somebody wants it to end. Raises RunCancelled."""
+        await self.ending.wait()
+        raise RunCancelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +53,14 @@ class Pausing:
     options: RunOptions
     until: datetime
     failed: RunResult
+    ending: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def ended_within(self, seconds: float) -> bool:
+        """Wait; whether somebody said meanwhile that it shall not be tried again."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.ending.wait()
+        return self.ending.is_set()
 
     @property
     def reason(self) -> str:
@@ -72,9 +94,12 @@ def storage_status(settings: StorageSettings, storage: Storage, accounts: Accoun
 
 
 def runs_and_queue(
-    live: Iterable[Live], controller: Controller, pausing: Iterable[Pausing]
+    live: Iterable[Live], controller: Controller, lined_up: Iterable[Live], pausing: Iterable[Pausing]
 ) -> tuple[tuple[RunStatus, ...], tuple[WaitingStatus, ...]]:
-    """The runs under way, as they began; and those that wait, as they will be admitted, then as they are due."""
+    """The runs under way, as they began; and those that wait, as they will be admitted, then as they are due.
+
+    `lined_up` are those that wait for another run of their VM.
+    """
     by_run = {one.run: one for one in live}
     waiting = controller.waiting()
     queue = tuple(
@@ -90,6 +115,18 @@ def runs_and_queue(
         for run, waits in waiting.items()
         if (one := by_run.get(run)) is not None
     )
+    behind = tuple(
+        WaitingStatus(
+            vm=one.vm,
+            run=one.run,
+            job=one.options.job,
+            target=one.options.target,
+            priority=one.priority,
+            started=one.started.isoformat(),
+            reasons=("another run of this VM, or what is being put right in it",),
+        )
+        for one in lined_up
+    )
     later = tuple(
         WaitingStatus(
             vm=one.vm,
@@ -103,7 +140,11 @@ def runs_and_queue(
         )
         for one in sorted(pausing, key=attrgetter("until"))
     )
-    return tuple(_run_status(one) for run, one in by_run.items() if run not in waiting), (*queue, *later)
+    return tuple(_run_status(one) for run, one in by_run.items() if run not in waiting), (
+        *queue,
+        *behind,
+        *later,
+    )
 
 
 def _run_status(live: Live) -> RunStatus:

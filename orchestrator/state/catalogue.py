@@ -6,7 +6,7 @@ Every method is one short transaction; the caller owns state_dir (see `lock`).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -43,6 +43,23 @@ class Begun:
     vm: str
     job: str | None
     started: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A run as it was entered; `outcome` and `result` (as JSON) None: it is not known how it ended."""
+
+    run: str
+    vm: str
+    job: str | None
+    started: str
+    outcome: str | None
+    result: dict[str, Any] | None
+
+
+def _entry(row: tuple[Any, ...]) -> Entry:
+    run, vm, job, started, outcome, result = row
+    return Entry(run, vm, job, started, outcome, None if result is None else json.loads(result))
 
 
 class Catalogue:
@@ -123,6 +140,40 @@ class Catalogue:
         """The VMs that a job's turn is not done with, each with how often vmfleece was started anew meanwhile."""
         with self._database.transaction() as connection:
             return dict(connection.execute("SELECT vm, restarts FROM turns WHERE job = ?", (job,)).fetchall())
+
+    def entries(
+        self,
+        *,
+        vm: str | None = None,
+        job: str | None = None,
+        outcomes: Sequence[str | None] | None = None,
+        limit: int,
+    ) -> list[Entry]:
+        """Runs, the latest first: of a VM, of a job, with one of these outcomes (None: it is not known)."""
+        conditions = ["1"]
+        values: list[str | int | None] = []
+        for column, value in (("vm", vm), ("job", job)):
+            if value is not None:
+                conditions.append(f"{column} = ?")
+                values.append(value)
+        if outcomes is not None:
+            conditions.append("(" + " OR ".join("outcome IS ?" for _ in outcomes) + ")")
+            values += outcomes
+        with self._database.transaction() as connection:
+            rows = connection.execute(
+                f"SELECT run, vm, job, started, outcome, result FROM runs WHERE {' AND '.join(conditions)}"  # noqa: S608  our own columns
+                " ORDER BY started DESC LIMIT ?",
+                (*values, limit),
+            ).fetchall()
+        return [_entry(row) for row in rows]
+
+    def entry(self, run: str) -> Entry | None:
+        """One run, if it was ever entered."""
+        with self._database.transaction() as connection:
+            row = connection.execute(
+                "SELECT run, vm, job, started, outcome, result FROM runs WHERE run = ?", (run,)
+            ).fetchone()
+        return _entry(row) if row else None
 
     def last_due(self, job: str) -> datetime | None:
         """The last time a job was due and was started, or came to its turn."""

@@ -19,7 +19,8 @@ from orchestrator.admission.ledger.base import Grant, Owner
 from orchestrator.admission.ledger.sqlite import SqliteLedger
 from orchestrator.model import Fleecing, Outcome, RunOptions, Vm
 from orchestrator.run import retry
-from orchestrator.service import api, engine
+from orchestrator.service import engine
+from orchestrator.service.api import unix
 from orchestrator.service.engine import Engine
 from orchestrator.storage.base import Space
 from tests.component.fake_blocks import CLUSTER
@@ -193,6 +194,7 @@ CONFIG = """
 [daemon]
 state_dir = "{folder}/state"
 run_dir = "{folder}/run"
+{daemon}
 [storage.local]
 path = "{folder}/fleecing"
 quota = "{quota}"
@@ -221,17 +223,27 @@ async def opened(
     retries: int = 1,
     more: str = "",
     recover: bool = True,
+    daemon: str = "",
+    supervise: bool = False,
 ) -> AsyncIterator[Engine]:
     """The engine over the world's QEMU and target, with a state_dir of its own."""
     path = world.folder / "vmfleece.toml"
     path.write_text(
         CONFIG.format(
-            folder=world.folder, quota=quota, socket=SOCKET, first_grant=first_grant, retries=retries, more=more
+            folder=world.folder,
+            quota=quota,
+            socket=SOCKET,
+            first_grant=first_grant,
+            retries=retries,
+            more=more,
+            daemon=daemon,
         )
     )
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(engine, "targets", lambda _config: {"main": world.target})
-        async with engine.opened(config.load(path), connect=world.host.connect, recover=recover) as one:
+        async with engine.opened(
+            config.load(path), connect=world.host.connect, recover=recover, supervise=supervise
+        ) as one:
             world.controller = one._controller
             yield one
 
@@ -406,7 +418,7 @@ async def test_status_tells_of_the_run_and_of_who_waits(make: Make, before: list
         (storage,) = status.storages
         assert (storage.granted_bytes, storage.runs) == (grant, 1)
         assert storage.peak_bytes >= storage.used_bytes > 0
-        assert api.socket_path(world.folder / "run").is_socket()
+        assert unix.socket_path(world.folder / "run").is_socket()
         for job in world.qemu.jobs.values():
             world.qemu.automatic = True
             world.qemu._advance_soon(job)

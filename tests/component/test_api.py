@@ -12,14 +12,18 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from orchestrator.errors import RefusedError, StateError
-from orchestrator.service import api, client
+from orchestrator.errors import RefusedError, StateError, VmfleeceError
+from orchestrator.service import client
+from orchestrator.service.api import server
 from orchestrator.service.status import RunStatus, Status, StorageStatus, WaitingStatus
+from tests.component.answers import served
 from tests.component.world import open_descriptors, settled
 
+ROOT = Path(__file__).parents[2]
 STATUS = Status(
     process=4711,
     started="2026-11-23T02:30:00+00:00",
@@ -44,7 +48,7 @@ def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "DEADLINE_SECONDS", 0.2)
 
 
-def code_of(caught: "pytest.ExceptionInfo[StateError]") -> str:
+def code_of(caught: "pytest.ExceptionInfo[Any]") -> str:
     assert caught.value.message
     assert caught.value.hint
     return caught.value.code
@@ -66,7 +70,7 @@ async def exchange(path: Path, request: bytes) -> tuple[int, dict[str, str]]:
 
 async def test_a_status_comes_over_as_it_is(run_dir: Path) -> None:
     assert await client.status(run_dir) is None
-    async with api.served(run_dir, lambda: STATUS):
+    async with served(run_dir, lambda: STATUS):
         assert await client.status(run_dir) == STATUS
         assert await asyncio.gather(*(client.status(run_dir) for _ in range(20))) == [STATUS] * 20
     assert await client.status(run_dir) is None
@@ -75,13 +79,13 @@ async def test_a_status_comes_over_as_it_is(run_dir: Path) -> None:
 
 async def test_each_answer_is_asked_for_anew(run_dir: Path) -> None:
     answers = iter((Status(1, None), Status(2, None)))
-    async with api.served(run_dir, lambda: next(answers)):
+    async with served(run_dir, lambda: next(answers)):
         assert await client.status(run_dir) == Status(1, None)
         assert await client.status(run_dir) == Status(2, None)
 
 
 async def test_it_is_plain_http_for_other_programs(run_dir: Path) -> None:
-    async with api.served(run_dir, lambda: STATUS):
+    async with served(run_dir, lambda: STATUS):
         asked = b"GET /api/v1/status HTTP/1.1\r\nHost: localhost\r\n\r\n"
         assert await exchange(run_dir / "api.sock", asked) == (200, json.loads(json.dumps(STATUS.as_json())))
 
@@ -98,7 +102,7 @@ async def test_it_is_plain_http_for_other_programs(run_dir: Path) -> None:
 async def test_what_is_not_there_is_answered_as_json(
     run_dir: Path, method: str, route: str, status: int, code: str | None
 ) -> None:
-    async with api.served(run_dir, lambda: STATUS):
+    async with served(run_dir, lambda: STATUS):
         path = run_dir / "api.sock"
         request = f"{method} {route} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n".encode()
         if code is None:
@@ -108,14 +112,14 @@ async def test_what_is_not_there_is_answered_as_json(
         found, error = await exchange(path, request)
     assert (found, error["code"]) == (status, code)
     assert error["message"].startswith(f"{method} {route}")
-    assert "GET /api/v1/status" in error["hint"]
+    assert "GET /api/v1/openapi.json" in error["hint"]
 
 
 @pytest.mark.parametrize(
     ("failure", "code", "hint"),
     [
         (RefusedError("it does not say", hint="ask again", code="vm-state"), "vm-state", "ask again"),
-        (KeyError("web01"), "bug", "report it"),
+        (KeyError("web01"), "bug", "report this"),
     ],
 )
 async def test_a_failure_of_ours_is_told_and_serving_goes_on(
@@ -127,8 +131,8 @@ async def test_a_failure_of_ours_is_told_and_serving_goes_on(
         return STATUS
 
     failures = [failure]
-    async with api.served(run_dir, fail_first):
-        with pytest.raises(StateError) as caught:
+    async with served(run_dir, fail_first):
+        with pytest.raises(VmfleeceError) as caught:
             await client.status(run_dir)
         assert await client.status(run_dir) == STATUS
     assert code_of(caught) == code
@@ -139,7 +143,7 @@ async def test_a_failure_of_ours_is_told_and_serving_goes_on(
 async def test_nothing_that_a_client_sends_reaches_the_terminal(
     run_dir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    async with api.served(run_dir, lambda: STATUS):
+    async with served(run_dir, lambda: STATUS):
         for sent in (b"garbage\r\n\r\n", b"\0" * 100_000, b"GET / HTTP/1.1\r\n" + b"x: y\r\n" * 20_000, b""):
             reader, writer = await asyncio.open_unix_connection(run_dir / "api.sock")
             with contextlib.suppress(ConnectionError):
@@ -159,13 +163,13 @@ async def test_nothing_that_a_client_sends_reaches_the_terminal(
 @pytest.mark.parametrize("sent", [b"", b"GET /api/v1/sta", b"GET /api/v1/status HTTP/1.1\r\nHost: x\r\n\r\n"])
 async def test_a_client_cannot_hold_up_the_end(run_dir: Path, sent: bytes) -> None:
     async with contextlib.AsyncExitStack() as stack:
-        async with api.served(run_dir, lambda: STATUS):
+        async with served(run_dir, lambda: STATUS):
             reader, writer = await asyncio.open_unix_connection(run_dir / "api.sock")
             stack.callback(writer.close)
             writer.write(sent)
             await asyncio.sleep(0.05)
             began = time.monotonic()
-        assert time.monotonic() - began < api.SHUTDOWN_SECONDS + 1
+        assert time.monotonic() - began < server.SHUTDOWN_SECONDS + 1
         async with asyncio.timeout(1):
             await reader.read()
 
@@ -173,23 +177,23 @@ async def test_a_client_cannot_hold_up_the_end(run_dir: Path, sent: bytes) -> No
 @pytest.mark.parametrize("error", [asyncio.CancelledError, StateError])
 async def test_however_the_block_ends_the_socket_is_gone(run_dir: Path, error: type[BaseException]) -> None:
     async def serve() -> None:
-        async with api.served(run_dir, lambda: STATUS):
+        async with served(run_dir, lambda: STATUS):
             raise error("it ends")
 
     with pytest.raises(error):
         await serve()
     assert list(run_dir.iterdir()) == []
-    async with api.served(run_dir, lambda: STATUS):
+    async with served(run_dir, lambda: STATUS):
         pass
 
 
 @pytest.mark.parametrize("steps", range(6))
 async def test_cancelled_at_any_step_nothing_is_left(run_dir: Path, steps: int) -> None:
     async def serve() -> None:
-        async with api.served(run_dir, lambda: STATUS):
+        async with served(run_dir, lambda: STATUS):
             await asyncio.Event().wait()
 
-    async with api.served(run_dir, lambda: STATUS):
+    async with served(run_dir, lambda: STATUS):
         pass  # what a loop opens once
     before = open_descriptors()
     task = asyncio.create_task(serve())
@@ -204,20 +208,20 @@ async def test_cancelled_at_any_step_nothing_is_left(run_dir: Path, steps: int) 
 
 
 async def test_descriptors_are_given_back(run_dir: Path) -> None:
-    async with api.served(run_dir, lambda: STATUS):
+    async with served(run_dir, lambda: STATUS):
         await client.status(run_dir)
     before = open_descriptors()
     for _ in range(5):
-        async with api.served(run_dir, lambda: STATUS):
+        async with served(run_dir, lambda: STATUS):
             await client.status(run_dir)
             with pytest.raises(StateError):
-                await api.served(run_dir, lambda: STATUS).__aenter__()
+                await served(run_dir, lambda: STATUS).__aenter__()
     await settled(lambda: open_descriptors() == before)
     assert open_descriptors() == before
 
 
 async def test_a_folder_that_is_gone_at_the_end_is_no_error(run_dir: Path) -> None:
-    async with api.served(run_dir, lambda: STATUS):
+    async with served(run_dir, lambda: STATUS):
         (run_dir / "api.sock").unlink()
         run_dir.rmdir()
 
@@ -238,15 +242,15 @@ async def test_modes_do_not_depend_on_the_umask(
 
     monkeypatch.setattr(socket.socket, "bind", bind_and_look)
     os.umask(umask)
-    async with api.served(run_dir, lambda: STATUS):
-        assert modes == [0o600]  # from its first moment
-        assert stat.S_IMODE((run_dir / "api.sock").stat().st_mode) == 0o600
+    async with served(run_dir, lambda: STATUS):
+        assert set(modes) == {0o660 & ~umask}  # from its first moment: never more than in the end
+        assert stat.S_IMODE((run_dir / "api.sock").stat().st_mode) == 0o660
         assert stat.S_IMODE(run_dir.stat().st_mode) == 0o750
 
 
 async def test_the_mode_of_a_folder_that_is_there_is_its_owners_business(run_dir: Path) -> None:
     run_dir.mkdir(mode=0o711)
-    async with api.served(run_dir, lambda: STATUS):
+    async with served(run_dir, lambda: STATUS):
         assert stat.S_IMODE(run_dir.stat().st_mode) == 0o711
 
 
@@ -256,11 +260,16 @@ def nobody() -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
 
     @contextlib.contextmanager
     def be() -> Iterator[None]:
+        groups = os.getgroups()
+        os.setgroups([])
+        os.setegid(65534)
         os.seteuid(65534)
         try:
             yield
         finally:
             os.seteuid(0)
+            os.setegid(0)
+            os.setgroups(groups)
 
     return be if os.geteuid() == 0 else contextlib.nullcontext
 
@@ -269,7 +278,7 @@ def nobody() -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
 async def test_who_may_not_ask_is_told_who_may(
     run_dir: Path, nobody: Callable[[], contextlib.AbstractContextManager[None]], folder_mode: int
 ) -> None:
-    async with api.served(run_dir, lambda: STATUS):
+    async with served(run_dir, lambda: STATUS):
         run_dir.parent.chmod(0o755)
         run_dir.chmod(folder_mode)
         if os.geteuid() != 0:
@@ -277,7 +286,7 @@ async def test_who_may_not_ask_is_told_who_may(
         with nobody(), pytest.raises(StateError) as caught:
             await client.status(run_dir)
     assert code_of(caught) == "api-forbidden"
-    assert f"only {run_dir.owner()} may ask" in caught.value.hint
+    assert f"only {run_dir.owner()} and members of the group {run_dir.group()} may ask" in caught.value.hint
 
 
 async def test_a_folder_that_may_not_be_written(
@@ -285,7 +294,7 @@ async def test_a_folder_that_may_not_be_written(
 ) -> None:
     run_dir.parent.chmod(0o555)
     with nobody(), pytest.raises(StateError) as caught:
-        async with api.served(run_dir, lambda: STATUS):
+        async with served(run_dir, lambda: STATUS):
             raise AssertionError
     assert code_of(caught) == "state-unusable"
     assert "Permission denied" in caught.value.message
@@ -301,17 +310,17 @@ async def test_a_socket_that_somebody_killed_left_is_replaced(run_dir: Path) -> 
         left.bind(str(run_dir / "api.sock"))
         left.listen()
     assert await client.status(run_dir) is None
-    async with api.served(run_dir, lambda: STATUS):
+    async with served(run_dir, lambda: STATUS):
         assert await client.status(run_dir) == STATUS
 
 
 SERVER = """\
 import asyncio, sys
 from pathlib import Path
-from orchestrator.service import api
 from orchestrator.service.status import Status
+from tests.component.answers import served
 async def serve():
-    async with api.served(Path(sys.argv[1]), lambda: Status(1, None)):
+    async with served(Path(sys.argv[1]), lambda: Status(1, None)):
         print("ready", flush=True)
         await asyncio.Event().wait()
 asyncio.run(serve())
@@ -320,18 +329,18 @@ asyncio.run(serve())
 
 async def test_one_server_a_run_dir_also_after_a_kill(run_dir: Path) -> None:
     argv = [sys.executable, "-c", SERVER, str(run_dir)]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as other:  # noqa: ASYNC220  waited for
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=ROOT) as other:  # noqa: ASYNC220  waited for
         assert other.stdout is not None
         assert other.stdout.readline() == "ready\n"
         with pytest.raises(StateError) as caught:
-            async with api.served(run_dir, lambda: STATUS):
+            async with served(run_dir, lambda: STATUS):
                 raise AssertionError
         assert code_of(caught) == "run-dir-in-use"
         assert str(run_dir) in caught.value.message
         assert await client.status(run_dir) == Status(1, None)  # it goes on
         other.kill()
     assert await client.status(run_dir) is None
-    async with api.served(run_dir, lambda: STATUS):
+    async with served(run_dir, lambda: STATUS):
         assert await client.status(run_dir) == STATUS
 
 
@@ -345,7 +354,7 @@ async def test_somebody_else_who_answers_is_left_alone(run_dir: Path, backlog: i
         if backlog == 0:  # full, and so whoever connects next is to try again
             stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)).connect(listener.getsockname())
         with pytest.raises(StateError) as caught:
-            async with api.served(run_dir, lambda: STATUS):
+            async with served(run_dir, lambda: STATUS):
                 raise AssertionError
         assert code_of(caught) == "run-dir-in-use"
         assert (run_dir / "api.sock").exists()
@@ -355,7 +364,7 @@ async def test_a_file_of_that_name_is_not_removed(run_dir: Path) -> None:
     run_dir.mkdir()
     (run_dir / "api.sock").write_text("mine")
     with pytest.raises(StateError) as caught:
-        async with api.served(run_dir, lambda: STATUS):
+        async with served(run_dir, lambda: STATUS):
             raise AssertionError
     assert code_of(caught) == "state-unusable"
     assert "no socket" in caught.value.message
@@ -366,7 +375,7 @@ async def test_a_file_of_that_name_is_not_removed(run_dir: Path) -> None:
 async def test_a_run_dir_that_is_a_file(run_dir: Path) -> None:
     run_dir.touch()
     with pytest.raises(StateError) as caught:
-        async with api.served(run_dir, lambda: STATUS):
+        async with served(run_dir, lambda: STATUS):
             raise AssertionError
     assert code_of(caught) == "state-unusable"
     assert "Not a directory" in caught.value.message
@@ -378,11 +387,11 @@ async def test_the_longest_path(run_dir: Path, extra: int, *, fits: bool) -> Non
     room = 107 - len(str(run_dir)) - len("//api.sock")
     folder = run_dir / ("é" * (room // 2) + "x" * (room % 2 + extra))  # bytes count, not letters
     if fits:
-        async with api.served(folder, lambda: STATUS):
+        async with served(folder, lambda: STATUS):
             assert await client.status(folder) == STATUS
         return
     with pytest.raises(StateError) as caught:
-        async with api.served(folder, lambda: STATUS):
+        async with served(folder, lambda: STATUS):
             raise AssertionError
     assert code_of(caught) == "state-unusable"
     assert "has 108 bytes" in caught.value.message

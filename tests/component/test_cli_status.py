@@ -26,8 +26,8 @@ import pytest
 import structlog
 
 from orchestrator.cli.main import main
-from orchestrator.service import api
 from orchestrator.service.status import RunStatus, Status, StorageStatus, WaitingStatus
+from tests.component import answers
 from tests.component.test_cli import CONFIG, ROOT, command
 
 GIB = 1024**3
@@ -84,7 +84,7 @@ def served(config: Path, status: Status) -> Iterator[None]:
     ready, ended = threading.Event(), threading.Event()
 
     async def serve() -> None:
-        async with api.served(config.parent / "run", lambda: status):
+        async with answers.served(config.parent / "run", lambda: status):
             ready.set()
             await asyncio.to_thread(ended.wait)
 

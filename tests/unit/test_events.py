@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 LEVELS = {"debug": "debug", "info": "info", "warning": "warning", "error": "error", "exception": "error"}
 NAME = re.compile(r"[a-z]+(?:-[a-z]+)*\.[a-z]+(?:-[a-z]+)*")
 KEY = re.compile(r"[a-z]+(?:_[a-z]+)*")
-ADDED = {"event", "level", "timestamp", "vm", "run"}
+ADDED = {"event", "level", "timestamp", "vm", "run", "request"}
 """What log.py and the run's task add to a line; docs/events.md explains them once."""
 
 

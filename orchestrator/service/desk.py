@@ -1,0 +1,154 @@
+"""What the API is answered: the engine's side of its contract, `api.base`."""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from orchestrator import schedule
+from orchestrator.config import Config
+from orchestrator.errors import RefusedError, StateError
+from orchestrator.model import ErrorReport, Progress, RunResult
+from orchestrator.run.backup import Means, new_run_id
+from orchestrator.service import history, orders, targets, vms
+from orchestrator.service.api.base import Answers, CleanupOrder, RunsQuery, Service, SnapshotsQuery
+from orchestrator.service.documents import (
+    Cleanup,
+    Jobs,
+    JobSummary,
+    RepairSummary,
+    Request,
+    RunDetails,
+    Runs,
+    Snapshots,
+    Targets,
+    VmDetails,
+    Vms,
+)
+from orchestrator.service.orders import BackupOrder
+from orchestrator.service.reconciler import Repaired
+from orchestrator.service.status import Status
+
+if TYPE_CHECKING:
+    from orchestrator.service.engine import Engine
+
+
+class Desk(Answers):
+    """See the contract. `means` are those that the engine's runs use."""
+
+    def __init__(self, engine: "Engine", means: Means, service: Service) -> None:
+        self.feed = engine.feed
+        self.service = service
+        self._engine = engine
+        self._config = engine.config
+        self._means = means
+
+    def status(self) -> Status:
+        return self._engine.status()
+
+    async def vms(self) -> Vms:
+        return await vms.summaries(self._config, self._means.connect)
+
+    async def vm(self, name: str) -> VmDetails:
+        means = self._means
+        return await vms.details(vms.configured(self._config, name), means.connect, means.storages, means.targets)
+
+    async def runs(self, query: RunsQuery) -> Runs:
+        return await asyncio.to_thread(history.runs, self._engine.catalogue, query, self.status())
+
+    async def run(self, run: str) -> RunDetails:
+        return await asyncio.to_thread(history.run, self._engine.catalogue, run, self.status())
+
+    async def cancel_run(self, run: str) -> RunDetails:
+        ended = self._engine.end_run(run)
+        details = await self.run(run)
+        if not ended:
+            raise RefusedError(f"run {run} of {details.vm} is over: {details.state}", code="run-over")
+        return details
+
+    async def targets(self) -> Targets:
+        return await targets.summaries(self._config, self._means.targets)
+
+    async def snapshots(self, target: str, query: SnapshotsQuery) -> Snapshots:
+        return await targets.snapshots(self._means.targets[orders.target_named(self._config, target)], query.vm)
+
+    def jobs(self) -> Jobs:
+        return jobs(self._config)
+
+    def start(self, order: BackupOrder) -> Request:
+        self._may_start()
+        wanted = orders.resolve(order, self._config)
+        runs = {vm: new_run_id() for vm in wanted.vms}
+
+        async def work(on_progress: Callable[[Progress], None]) -> list[RunResult]:
+            async with asyncio.TaskGroup() as group:
+                backups = [
+                    group.create_task(
+                        self._engine.back_up(vm, wanted.options, on_progress=on_progress, run=runs[vm])
+                    )
+                    for vm in wanted.vms
+                ]
+            return [backup.result() for backup in backups]
+
+        return self._engine.requests.begin(work, vms=wanted.vms, runs=runs.values())
+
+    def start_job(self, job: str) -> Request:
+        self._may_start()
+        name = orders.job_named(self._config, job)
+
+        async def work(on_progress: Callable[[Progress], None]) -> list[RunResult]:
+            return await self._engine.run_job(name, on_progress=on_progress)
+
+        return self._engine.requests.begin(work, vms=self._config.job[name].vms, job=name)
+
+    def request(self, request: str) -> Request:
+        return self._engine.requests.shown(request)
+
+    def cancel_request(self, request: str) -> Request:
+        return self._engine.requests.cancel(request)
+
+    async def clean_up(self, order: CleanupOrder) -> Cleanup:
+        reconciler = self._engine.reconciler
+        if order.dry_run:
+            return cleanup((Repaired(repair) for repair in await reconciler.plan()), dry_run=True)
+        self._may_start()
+        return cleanup(await reconciler.put_right(), dry_run=False)
+
+    def metrics(self) -> bytes:
+        return b""
+
+    def _may_start(self) -> None:
+        """Raises StateError: a command does what it was called for, and ends."""
+        if self.service is Service.COMMAND:
+            raise StateError(
+                "a vmfleece command is at work, which does only what it was called for",
+                hint="wait until it has ended",
+            )
+
+
+def jobs(config: Config) -> Jobs:
+    """All configured jobs, and when each is due."""
+    now = datetime.now(UTC)
+    found = []
+    for job in config.job.values():
+        due = schedule.next_due(job.schedule, now) if job.schedule else None
+        next_due = due.isoformat() if due else None
+        found.append(JobSummary(job.name, job.schedule, next_due, job.options.target, job.vms))
+    return Jobs(tuple(found))
+
+
+def cleanup(repaired: Iterable[Repaired], *, dry_run: bool) -> Cleanup:
+    """What was put right, as a document."""
+    return Cleanup(
+        dry_run,
+        tuple(
+            RepairSummary(
+                one.repair.act,
+                one.repair.vm or None,
+                one.repair.subject,
+                one.repair.reason,
+                ErrorReport.of(one.error) if one.error else None,
+            )
+            for one in repaired
+        ),
+    )

@@ -1,0 +1,282 @@
+"""What is answered over the API, and printed by `--json`: frozen data, one class a document.
+
+pydantic reads and writes them, and makes the API's description from them: a docstring here is read by users.
+Sizes are bytes; times are ISO 8601 with a zone.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from orchestrator.fleecing.bitmaps import Bitmap
+from orchestrator.model import ErrorReport, Outcome, Phase, RunResult
+from orchestrator.service.status import RunStatus, StorageStatus, WaitingStatus
+from orchestrator.target.base import SnapshotDisk
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorBody:
+    """Why something could not be answered; `code` is stable, `hint` says what can be done."""
+
+    code: str
+    message: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class VmDisk:
+    """A disk as its QEMU describes it."""
+
+    disk: str
+    size_bytes: int
+    driver: str | None
+    node: str | None
+    image: str | None
+    read_only: bool
+
+
+@dataclass(frozen=True, slots=True)
+class VmSummary:
+    """A configured VM; `error` says why it cannot be reached."""
+
+    vm: str
+    reachable: bool
+    status: str | None
+    qemu: str | None
+    disks: tuple[VmDisk, ...]
+    priority: int
+    error: ErrorReport | None
+
+
+@dataclass(frozen=True, slots=True)
+class Vms:
+    """All configured VMs."""
+
+    vms: tuple[VmSummary, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedDisk:
+    """A disk, and what a backup would do with it: `backup` is full, incremental, skipped, or null."""
+
+    disk: str
+    size_bytes: int
+    driver: str | None
+    node: str | None
+    image: str | None
+    read_only: bool
+    backup: str | None
+    reason: str
+    storage: str | None
+    first_grant_bytes: int
+    bitmaps: tuple[Bitmap, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What its QEMU can do."""
+
+    fleecing: bool
+    discard_source: bool
+
+
+@dataclass(frozen=True, slots=True)
+class VmDetails:
+    """One VM, and what a backup of it would do; `error` says why there would be none."""
+
+    vm: str
+    qmp: str
+    status: str
+    qemu: str
+    features: Features
+    disks: tuple[PlannedDisk, ...]
+    warnings: tuple[str, ...]
+    error: ErrorReport | None
+
+
+class RunState(StrEnum):
+    """Where a run is, or how it ended; `lost`: its vmfleece died, and what became of it is not known."""
+
+    PLANNING = "planning"
+    QUEUED = Phase.QUEUED.value
+    PREPARING = Phase.PREPARING.value
+    SNAPSHOTTING = Phase.SNAPSHOTTING.value
+    COPYING = Phase.COPYING.value
+    COMMITTING = Phase.COMMITTING.value
+    CLEANING = Phase.CLEANING.value
+    SUCCEEDED = Outcome.SUCCEEDED.value
+    WARNING = Outcome.WARNING.value
+    FAILED = Outcome.FAILED.value
+    CANCELLED = Outcome.CANCELLED.value
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """One run, under way or over."""
+
+    run: str
+    vm: str
+    job: str | None
+    state: RunState
+    started: str
+    duration_seconds: float | None = None
+    snapshot: str | None = None
+    kind: str | None = None
+    copied_bytes: int | None = None
+    error: ErrorReport | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Runs, the latest first."""
+
+    runs: tuple[RunSummary, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunDetails:
+    """One run: `progress` while it is under way, `waiting` while it waits, `result` once it is over."""
+
+    run: str
+    vm: str
+    job: str | None
+    state: RunState
+    started: str
+    progress: RunStatus | None = None
+    waiting: WaitingStatus | None = None
+    result: RunResult | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """The runs that wait, in the order in which they will be admitted."""
+
+    queue: tuple[WaitingStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Storages:
+    """The storages of fleecing images."""
+
+    storages: tuple[StorageStatus, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetSummary:
+    """A target of backups; `error` says why it cannot be listed."""
+
+    target: str
+    driver: str
+    place: str
+    snapshots: int | None
+    error: ErrorReport | None
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """All configured targets."""
+
+    targets: tuple[TargetSummary, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotSummary:
+    """What a successful run left on a target."""
+
+    id: str
+    target: str
+    vm: str
+    created: str
+    kind: str
+    stored_bytes: int
+    protected: bool
+    run: str | None
+    job: str | None
+    disks: tuple[SnapshotDisk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshots:
+    """Snapshots on a target, by VM and oldest first."""
+
+    snapshots: tuple[SnapshotSummary, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JobSummary:
+    """A configured job; `next_due` is null if it is only started by hand."""
+
+    job: str
+    schedule: str | None
+    next_due: str | None
+    target: str
+    vms: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Jobs:
+    """All configured jobs."""
+
+    jobs: tuple[JobSummary, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunOfVm:
+    """A run by its id."""
+
+    vm: str
+    run: str
+
+
+class RequestState(StrEnum):
+    """Whether what was asked for is done; `ended`: whatever came of it, `cancelled`: because somebody said so."""
+
+    UNDER_WAY = "under-way"
+    ENDED = "ended"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Runs that were asked for over the API.
+
+    `runs` are those begun so far, tries included; `results` come with the end, one a VM; `error` says why there
+    are none.
+    """
+
+    request: str
+    job: str | None
+    vms: tuple[str, ...]
+    state: RequestState
+    started: str
+    runs: tuple[RunOfVm, ...] = ()
+    results: tuple[RunResult, ...] = ()
+    error: ErrorReport | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RepairSummary:
+    """What is left of a dead run, and what is done about it; `error` says why it could not be done."""
+
+    act: str
+    vm: str | None
+    subject: str
+    reason: str
+    error: ErrorReport | None
+
+
+@dataclass(frozen=True, slots=True)
+class Cleanup:
+    """All that is left of dead runs; in a dry run nothing was done about it."""
+
+    dry_run: bool
+    repairs: tuple[RepairSummary, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """That it serves: a daemon, or a command that backs up in its own process."""
+
+    status: str
+    version: str
+    daemon: bool
