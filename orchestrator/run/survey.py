@@ -116,7 +116,8 @@ async def settle_leftovers(
                 hint="let it end; two vmfleece with different state_dirs cannot share a VM",
                 code="foreign-run",
             )
-        log.warning("leftovers.found", of_run=run)
+        left = [job["id"] for job in await monitor.execute(commands.QUERY_JOBS)]
+        log.warning("leftovers.found", of_run=run, jobs=[job for job in left if job.startswith(run_prefix(run))])
         try:
             await graph.dismantle(monitor, run_prefix(run), pauser)
         except BaseException:

@@ -12,6 +12,7 @@ from orchestrator.qemu import commands
 from orchestrator.qemu.commands import Command
 from tests.component.fake_blocks import CLUSTER, Job
 from tests.component.fake_monitor import Trouble
+from tests.component.test_admission import logged
 from tests.component.world import MIB, OTHER_RUN, RUN, SOCKET, STRANGER, World, failed_with
 
 Make = Callable[..., World]
@@ -284,8 +285,11 @@ async def test_a_job_that_a_dead_run_of_ours_left(make: Make, before: list[str])
     )
     world.qemu.user("blockdev-backup", **job)
     world.qemu.before = lambda command: command.name == "transaction" and setattr(world.qemu, "automatic", True)
-    result = await world.back_up()
+    with logged() as logs:
+        result = await world.back_up()
     assert result.error is None, result.error
+    (found,) = [line for line in logs if line["event"] == "leftovers.found"]
+    assert (found["of_run"], found["jobs"]) == (OTHER_RUN, [names.job])
     await world.assert_nothing_is_left(before)
 
 
