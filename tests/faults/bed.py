@@ -27,7 +27,7 @@ from tests.qemu.proxy import Proxy
 NEIGHBOUR = "web02"
 DISKS = [DiskSpec("vda", 16 * MIB, iothread=True), DiskSpec("vdb", 8 * MIB, format="raw", iothread=True)]
 REGION_BYTES = 6 * MIB
-WRITES_PER_SECOND = 300
+WRITES_PER_SECOND = 200
 CBW_TIMEOUT_SECONDS = 4
 ALWAYS, NEVER = "*:*:0/1", "2099-01-01 00:00:00"
 """Calendars: a run is due whenever there is none; none ever is."""
@@ -68,6 +68,7 @@ class Machine:
     """One of the two VMs, and what is known of it."""
 
     name: str
+    version: str
     target: str
     guest: GuestVm
     proxy: Proxy
@@ -126,8 +127,15 @@ class Bed:
             self._always = self.host.config.read_text()
             target = "repo" if self._repository else "main"
             self.machines = [
-                Machine(VM, target, guests[0], proxies[0], self.host.storage),
-                Machine(NEIGHBOUR, "apart", guests[1], proxies[1], self.folder / "apart" / "fleecing"),
+                Machine(VM, self._versions[0], target, guests[0], proxies[0], self.host.storage),
+                Machine(
+                    NEIGHBOUR,
+                    self._versions[1],
+                    "apart",
+                    guests[1],
+                    proxies[1],
+                    self.folder / "apart" / "fleecing",
+                ),
             ]
             if self._repository:
                 await self.host.make_repository()

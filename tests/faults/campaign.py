@@ -34,6 +34,8 @@ RUN_SECONDS = 90.0
 USUAL_SECONDS = 2.5
 ORPHAN_SECONDS = 20.0
 LOOK_SECONDS = 0.1
+PAUSES = "7.2"
+"""The QEMU that stands still for a snapshot; one of the two is of this version."""
 HARMLESS = ("query-", "qmp_", "qom-list", "qom-get")
 
 
@@ -266,6 +268,8 @@ class Campaign:
     async def _do(self, fault: Fault) -> None:
         daemon, machine, moment = self._bed.daemon, self._bed.machines[fault.vm], fault.moment
         assert daemon is not None
+        if moment.when is When.PAUSE:
+            (machine,) = [one for one in self._bed.machines if one.version == PAUSES]
         match fault.kind:
             case Kind.DAEMON:
                 await self._kill_daemon(daemon, machine, moment)
@@ -318,7 +322,7 @@ class Campaign:
                 await asyncio.sleep(moment.fraction * usual)
             case When.PHASE:
                 await daemon.logs("run.phase", since=since, vm=machine.name, phase=moment.phase)
-            case When.COMMAND:
+            case When.COMMAND | When.PAUSE:
                 await self._at_command(daemon, machine, moment, act)
                 return
         act()
@@ -327,13 +331,14 @@ class Campaign:
         self, daemon: Daemon, machine: Machine, moment: Moment, act: Callable[[], object]
     ) -> None:
         """Act between two commands: in the proxy, which passes nothing on meanwhile."""
-        count = 0
+        count, counts = 0, moment.when is When.COMMAND
         acted = asyncio.Event()
         loop = asyncio.get_running_loop()
 
         def reached(names: Sequence[str]) -> bool:
-            nonlocal count
-            count += not names[0].startswith(HARMLESS)
+            nonlocal count, counts
+            counts = counts or "stop" in names
+            count += counts and not names[0].startswith(HARMLESS)
             return count >= moment.number
 
         def do() -> None:

@@ -31,6 +31,7 @@ class When(StrEnum):
     STARTING = "starting"  # so much of a start of the daemon
     PHASE = "phase"  # a phase begins
     COMMAND = "command"  # the n-th command that changes something passes to QEMU
+    PAUSE = "pause"  # the n-th of those that are sent while the guest stands still, on a QEMU where it does
 
 
 class Damage(StrEnum):
@@ -59,8 +60,9 @@ class Moment:
                 return f"{self.when} at {self.fraction:.0%}"
             case When.PHASE:
                 return f"{self.phase}"
-            case When.COMMAND:
-                return f"{'after' if self.after else 'before'} command {self.number}"
+            case When.COMMAND | When.PAUSE:
+                of_pause = " of a pause" if self.when is When.PAUSE else ""
+                return f"{'after' if self.after else 'before'} command {self.number}{of_pause}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +90,8 @@ class Fault:
 
 
 PHASES = (Phase.PREPARING, Phase.SNAPSHOTTING, Phase.COPYING, Phase.COMMITTING, Phase.CLEANING)
-COMMANDS = 60
-"""A run of two disks sends so many, about."""
+COMMANDS, OF_A_PAUSE = 60, 10
+"""A run of two disks sends so many, about, and so many of them to a guest that stands still."""
 OTHERS_EACH = 4
 """Kills of the daemon for each other fault."""
 
@@ -116,17 +118,18 @@ def make(seed: int, *, kills: int, repository: bool) -> list[Fault]:
 def one(rng: random.Random, kind: Kind) -> Fault:
     """A fault of this kind."""
     whens = {
-        Kind.DAEMON: [When.RUN, When.RUN, When.PHASE, When.COMMAND, When.COMMAND, When.STARTING],
+        Kind.DAEMON: [When.RUN, When.RUN, When.PHASE, When.COMMAND, When.COMMAND, When.PAUSE, When.STARTING],
         Kind.QEMU: [When.RUN, When.PHASE, When.COMMAND],
         Kind.CUT: [When.RUN, When.COMMAND],
         Kind.STATE: [When.RUN, When.COMMAND],
         Kind.MOVER: [When.PHASE],
     }.get(kind, [When.PHASE])
+    when = rng.choice(whens)
     moment = Moment(
-        rng.choice(whens),
+        when,
         fraction=rng.uniform(0, 1.15),
         phase=rng.choice([Phase.COPYING, Phase.COMMITTING] if kind is Kind.MOVER else PHASES),
-        number=rng.randint(1, COMMANDS),
+        number=rng.randint(1, OF_A_PAUSE if when is When.PAUSE else COMMANDS),
         after=rng.random() < 0.5,
     )
     killed = kind is Kind.DAEMON
@@ -135,7 +138,7 @@ def one(rng: random.Random, kind: Kind) -> Fault:
         moment,
         # What a file system does is done to the first VM's.
         vm=rng.randint(0, 1) if kind in {Kind.DAEMON, Kind.QEMU, Kind.STOP, Kind.CUT, Kind.STATE} else 0,
-        at_once=killed and (moment.when is When.STARTING or rng.random() < 0.2),
+        at_once=killed and (when is When.STARTING or rng.random() < 0.2),
         alone=rng.random() < 0.2,
         exactly=rng.random() < 0.2,
         damage=rng.choice(list(Damage)),

@@ -8,14 +8,12 @@ from tests.faults.conftest import Suffer
 from tests.faults.plan import Damage, Fault, Kind, Moment, When
 
 COPYING = Moment(When.PHASE, phase=Phase.COPYING)
-STOPPED = 24
-"""At about this command of a run, the first guest stands still."""
 KILLS = [
     Fault(Kind.DAEMON, Moment(When.PHASE, phase=Phase.PREPARING), 0),
     Fault(Kind.DAEMON, Moment(When.PHASE, phase=Phase.SNAPSHOTTING), 1, alone=True),
     Fault(Kind.DAEMON, COPYING, 0, at_once=True),
     Fault(Kind.DAEMON, Moment(When.STARTING, fraction=0.8), at_once=True),
-    Fault(Kind.DAEMON, Moment(When.COMMAND, number=STOPPED), 0, at_once=True),
+    Fault(Kind.DAEMON, Moment(When.PAUSE, number=4), at_once=True),
 ]
 FAULTS = [
     Fault(Kind.STATE, COPYING, 0, damage=Damage.TRUNCATED),
@@ -30,6 +28,7 @@ async def test_kills_and_faults(suffer: Suffer) -> None:
     assert report.wrong == []
     assert (report.guest_errors, report.leftovers, report.wrong_restores) == (0, 0, 0)
     assert report.faults[Kind.DAEMON] == len(KILLS)
+    assert report.left_paused >= 1
     assert report.compared >= 2
     assert report.restores > report.compared
     assert sum(count for what, count in report.runs.items() if what.startswith("failed with ")) >= 1
