@@ -241,8 +241,13 @@ class Bed:
         return found
 
     async def _bitmaps(self, machine: Machine) -> Sequence[str]:
-        """Those that are not since a listed snapshot, one a disk, or do not record."""
+        """Those that are not since a listed snapshot, one a disk, or do not record.
+
+        While none is listed, all are left alone: the target may only not be mounted.
+        """
         listed = {bitmaps.name_of(machine.target, one) for one in await self.listed(machine)}
+        if not listed:
+            return []
         found = []
         for entry in await machine.guest.execute("query-block"):
             inserted = entry.get("inserted")

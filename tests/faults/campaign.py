@@ -139,13 +139,15 @@ class Campaign:
     async def _tidied_alone(self) -> None:
         """A daemon that makes no backups leaves nothing at all, and ends when it is told to."""
         daemon = await self._started(idle=True)
-        await daemon.until(lambda: daemon.of("daemon.ready"), "daemon.ready", deadline_seconds=READY_SECONDS)
-        await self._damage_is_named(daemon)
-        await self._without(self._bed.anything, "at all")
-        self._report.tidy_seconds.append(daemon.seconds())
-        self._fresh = False
-        await self._no_orphans()
-        await self._stop_daemon()
+        try:
+            await daemon.until(lambda: daemon.of("daemon.ready"), "daemon.ready", deadline_seconds=READY_SECONDS)
+            await self._damage_is_named(daemon)
+            await self._without(self._bed.anything, "at all")
+            self._report.tidy_seconds.append(daemon.seconds())
+            await self._no_orphans()
+        finally:
+            self._fresh = False
+            await self._stop_daemon()
 
     async def _damage_is_named(self, daemon: Daemon) -> None:
         if self._truncated:
