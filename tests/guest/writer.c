@@ -196,8 +196,9 @@ static void put(struct disk *d, const void *data, size_t length, uint64_t offset
 		errno = 0;
 		int ok = pwrite(d->fd, data, length, offset) == (ssize_t)length &&
 			 (odirect || fdatasync(d->fd) == 0);
-		uint64_t end = now(), us = (end - start) / 1000;
-		if (end - start > STALL)
+		/* The clock of a guest whose QEMU was stopped for long (SIGSTOP) may come back behind where it was. */
+		uint64_t end = now(), us = end > start ? (end - start) / 1000 : 0;
+		if (us > STALL / 1000)
 			say("VMF stall us=%llu disk=%d", (unsigned long long)us, (int)(d - disks));
 		if (ok) {
 			histogram[bucket_of(us)]++;
