@@ -14,6 +14,8 @@
     ├── AdmissionError       what is wanted can never be granted
     ├── StorageError         a storage of fleecing images
     ├── TargetError          a target of backups; a repository's: target/restic/errors.py
+    ├── HookError            a job's hook stopped it, or failed
+    ├── NotifyError          somebody could not be told of a job
     ├── ToolError            qemu-img, qemu-nbd or nbdcopy failed or is missing
     ├── FleecingError        the snapshot broke: image full, slow or broken
     ├── CopyError            the job that copies failed for another reason
@@ -176,6 +178,18 @@ class CopyError(VmfleeceError):
     """A disk's copy ended with an error that is not the snapshot's."""
 
     code = "copy-failed"
+
+
+class HookError(VmfleeceError):
+    """A job's hook cannot be called, failed, or took too long."""
+
+    code = "hook-failed"
+
+
+class NotifyError(VmfleeceError):
+    """Somebody could not be told how a job ended."""
+
+    code = "notify-failed"
 
 
 class StateError(VmfleeceError):

@@ -1,5 +1,6 @@
 """Secrets in files: one line that others cannot read. What is in them never reaches a message."""
 
+import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,13 @@ from orchestrator.errors import VmfleeceError
 
 Unusable = Callable[[str, str], VmfleeceError]
 """Makes the error of what is wrong with a file, and what to do."""
+
+
+def credential(name: str) -> Path | None:
+    """Return the file of a credential that systemd gave us; None if it gave us none of that name."""
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    path = Path(folder) / name if folder else None
+    return path if path is not None and path.exists() else None
 
 
 def read_line(path: Path, unusable: Unusable, *, missing: str) -> str:

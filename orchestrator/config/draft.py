@@ -22,6 +22,7 @@ from orchestrator.config.schema import (
     DaemonTable,
     FleecingTable,
     JobTable,
+    NotifyTable,
     StorageTable,
     Table,
     TargetTable,
@@ -49,6 +50,7 @@ class Draft:
     target: dict[str, TargetTable] = field(default_factory=dict)
     vm: dict[str, VmTable] = field(default_factory=dict)
     job: dict[str, JobTable] = field(default_factory=dict)
+    notify: dict[str, NotifyTable] = field(default_factory=dict)
 
 
 def read_tables(raw: Mapping[str, Any], problems: list[Problem]) -> Draft:

@@ -36,5 +36,4 @@ LATER = (
     Later("daemon", "ledger", only="sqlite"),
     Later("storage", "driver", only="directory"),
     Later("vm", "libvirt", instead="give qmp, a monitor socket of its own"),
-    Later("job", "hook"),
 )

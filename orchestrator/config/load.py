@@ -21,7 +21,9 @@ from orchestrator.config.select import select
 from orchestrator.config.settings import (
     Config,
     DaemonSettings,
+    Hook,
     JobSettings,
+    NotifySettings,
     Setting,
     StorageSettings,
     TargetDriver,
@@ -166,6 +168,12 @@ def _config(path: Path, draft: Draft, settings: tuple[Setting, ...]) -> Config:
             for name, table in draft.vm.items()
         },
         job={name: _job(name, table, draft) for name, table in draft.job.items()},
+        notify={
+            name: NotifySettings(
+                name, table.driver, table.url_file, tuple(table.jobs), tuple(table.states), table.repeat_after
+            )
+            for name, table in draft.notify.items()
+        },
         settings=settings,
     )
 
@@ -200,4 +208,5 @@ def _job(name: str, job: JobTable, draft: Draft) -> JobSettings:
         retries=job.retries,
         keep=job.prune_backups,
         merge_chains=job.merge_chains,
+        hook=Hook(job.hook, job.hook_timeout) if job.hook else None,
     )

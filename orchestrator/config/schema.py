@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from orchestrator.config.later import LATER
 from orchestrator.config.properties import read_keep
-from orchestrator.config.settings import LogFormat, LogLevel, TargetDriver
+from orchestrator.config.settings import JobState, LogFormat, LogLevel, NotifyDriver, TargetDriver
 from orchestrator.config.values import (
     AbsolutePath,
     Calendar,
@@ -289,9 +289,60 @@ class JobTable(Table):
         "not, so that these can be removed. Reads and writes as much as a full backup.",
         example=False,
     )
+    hook: AbsolutePath | None = _key(
+        None,
+        description="Program that is called at the phases of the job and of its runs, as vzdump calls its hook "
+        "script.",
+        example="/etc/vmfleece/hook",
+    )
+    hook_timeout: Duration = _key(
+        "10min",
+        description="How long each call of the hook may take.",
+        example="10min",
+    )
     retries: Annotated[int, Field(ge=0, le=10)] = _key(
         2, description="How often a run that failed is tried again.", example=2
     )
+
+
+class NotifyTable(Table):
+    """Who is told how jobs ended."""
+
+    driver: Annotated[NotifyDriver, Field(strict=False), one_of(NotifyDriver)] = _key(
+        "apprise",
+        description="How it is told: apprise, to people, by mail, chat and whatever else apprise knows; "
+        "healthchecks, to a check that notices jobs that do not start or end.",
+        example="apprise",
+    )
+    url_file: AbsolutePath | None = _key(
+        None,
+        description="File with the address, since that holds secrets; systemd's credential NAME.url if absent.",
+        example="/etc/vmfleece/admins.url",
+    )
+    jobs: Annotated[Patterns, Field(min_length=1)] = _key(
+        ["*"],
+        description="Names of jobs, or patterns with *, ? and [...].",
+        example=["nightly"],
+    )
+    states: list[Annotated[JobState, Field(strict=False), one_of(JobState)]] = _key(
+        ["failed", "warning"],
+        description="Of which ends of a job people are told; they are told as well when it is good again.",
+        example=["failed", "warning"],
+    )
+    repeat_after: Duration = _key(
+        "6h",
+        description="How long people are not told again that a job is in the same state.",
+        example="6h",
+    )
+
+    @model_validator(mode="after")
+    def _checks_are_told_everything(self) -> "NotifyTable":
+        if self.driver is NotifyDriver.HEALTHCHECKS and self.model_fields_set & {"states", "repeat_after"}:
+            raise ValueError(
+                "states and repeat_after are for people, and a check is told everything; "
+                "allowed: without them, or driver = 'apprise'"
+            )
+        return self
 
 
 class File(Table):
@@ -302,6 +353,7 @@ class File(Table):
     target: dict[Name, TargetTable] = Field({}, description="Targets by name.")
     vm: dict[Name, VmTable] = Field({}, description="VMs by name.")
     job: dict[Name, JobTable] = Field({}, description="Jobs by name.")
+    notify: dict[Name, NotifyTable] = Field({}, description="Who is told of jobs, by name.")
 
 
 NAMED: dict[str, type[Table]] = {
@@ -309,6 +361,7 @@ NAMED: dict[str, type[Table]] = {
     "target": TargetTable,
     "vm": VmTable,
     "job": JobTable,
+    "notify": NotifyTable,
 }
 SECTIONS: dict[str, type[Table]] = {"daemon": DaemonTable, **NAMED}
 

@@ -33,6 +33,21 @@ class TargetDriver(StrEnum):
     RESTIC = "restic"
 
 
+class NotifyDriver(StrEnum):
+    """How somebody is told: people, by whatever apprise knows, or a check that watches over jobs."""
+
+    APPRISE = "apprise"
+    HEALTHCHECKS = "healthchecks"
+
+
+class JobState(StrEnum):
+    """How a job ended: as the worst of its runs."""
+
+    FAILED = "failed"
+    WARNING = "warning"
+    SUCCEEDED = "succeeded"
+
+
 @dataclass(frozen=True, slots=True)
 class Address:
     """Where to listen by TCP; `host` is an address, not a name."""
@@ -94,6 +109,14 @@ class TargetSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class Hook:
+    """The program that a job calls at its phases, and how long each call may take."""
+
+    path: Path
+    timeout_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class JobSettings:
     """A job. `vms` are those that its patterns select; `schedule` None: only by hand; `keep` None: everything."""
 
@@ -106,6 +129,22 @@ class JobSettings:
     retries: int
     keep: Keep | None = None
     merge_chains: bool = False
+    hook: Hook | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NotifySettings:
+    """Who is told how jobs ended. `jobs` are patterns; `url_file` None: systemd's credential.
+
+    People are told of `states`, of the same one again not before `repeat_after_seconds`.
+    """
+
+    name: str
+    driver: NotifyDriver
+    url_file: Path | None
+    jobs: tuple[str, ...]
+    states: tuple[JobState, ...]
+    repeat_after_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +166,7 @@ class Config:
     target: dict[str, TargetSettings]
     vm: dict[str, Vm]
     job: dict[str, JobSettings]
+    notify: dict[str, NotifySettings]
     settings: tuple[Setting, ...]
 
     def vms(self) -> dict[str, Vm]:

@@ -233,7 +233,6 @@ LATER_CASES = [
     ("daemon", 'ledger = "postgresql://db"', "'postgresql://db' is not available yet; allowed: 's"),
     ("storage.local", 'driver = "lvm"', "'lvm' is not available yet; allowed: 'directory'"),
     ("vm.web01", 'libvirt = "qemu:///system"', "libvirt: not available yet; give qmp, a monitor"),
-    ("job.nightly", 'hook = "/hook"', "hook: not available yet"),
 ]
 
 
