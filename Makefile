@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test soak lint bench tools host-tools clean
+.PHONY: demo test soak lint bench tools host-tools install-service clean
 .DEFAULT_GOAL := test
 
 tools: host-tools
@@ -50,6 +50,16 @@ bench: tools $(STAMP)
 	$(BIN)/python -m benchmarks.nbd
 	$(BIN)/python -m benchmarks.repository --gib 2
 	$(BIN)/python -m benchmarks.restore
+
+# The unit, its group and folders, and the command for it (as root); then: systemctl enable --now vmfleece
+install-service: $(STAMP)
+	install -D -m 644 systemd/vmfleece.service $(DESTDIR)/etc/systemd/system/vmfleece.service
+	install -D -m 644 systemd/vmfleece.sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/vmfleece.conf
+	install -D -m 644 systemd/vmfleece.tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/vmfleece.conf
+	install -d $(DESTDIR)/usr/bin
+	ln -sf $(abspath $(BIN))/vmfleece $(DESTDIR)/usr/bin/vmfleece
+	[ -n "$(DESTDIR)" ] || systemd-sysusers vmfleece.conf
+	[ -n "$(DESTDIR)" ] || systemd-tmpfiles --create vmfleece.conf
 
 clean:
 	rm -rf $(VENV) .cache

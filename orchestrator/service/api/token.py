@@ -1,10 +1,9 @@
 """The token that by TCP whoever changes something must have: one line of a file, or systemd's credential."""
 
-import os
 from pathlib import Path
 
 from orchestrator.errors import VmfleeceError
-from orchestrator.secret import read_line
+from orchestrator.secret import credential, read_line
 
 CREDENTIAL = "api.token"
 LEAST_LETTERS = 16
@@ -18,19 +17,13 @@ class TokenUnusable(VmfleeceError):
 
 def read_token(token_file: Path | None) -> str | None:
     """Return the token, or None if none is configured. Blocks. Raises TokenUnusable."""
-    path = token_file or _credential()
+    path = token_file or credential(CREDENTIAL)
     if path is None:
         return None
     token = read_line(path, _unusable, missing=f"make one: (umask 077; openssl rand -hex 32 > {path})")
     if len(token) < LEAST_LETTERS or not token.isascii():
         raise _unusable(f"is no good token: {path}", f"at least {LEAST_LETTERS} letters and digits, at random")
     return token
-
-
-def _credential() -> Path | None:
-    folder = os.environ.get("CREDENTIALS_DIRECTORY")
-    path = Path(folder) / CREDENTIAL if folder else None
-    return path if path is not None and path.exists() else None
 
 
 def _unusable(problem: str, hint: str) -> TokenUnusable:
