@@ -12,7 +12,7 @@ import contextlib
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -84,6 +84,10 @@ def new_run_id() -> str:
     return secrets.token_hex(4)
 
 
+async def _nothing() -> None:
+    pass
+
+
 async def back_up(
     vm: Vm,
     options: RunOptions,
@@ -91,12 +95,12 @@ async def back_up(
     *,
     run: str,
     on_progress: Callable[[Progress], None],
-    enter: Callable[[], None] = lambda: None,
+    enter: Callable[[], Awaitable[None]] = _nothing,
     on_cancelled: Callable[[RunResult], None] = lambda _result: None,
 ) -> RunResult:
     """Run it to its end; a failure is an outcome in the result, not an exception.
 
-    `enter` is called in a thread before anything is done, and may raise VmfleeceError. Cancellation undoes
+    `enter` is called before anything is done, and may raise VmfleeceError. Cancellation undoes
     everything first, tells `on_cancelled` the result, and then raises CancelledError.
     """
     with structlog.contextvars.bound_contextvars(vm=vm.name, run=run):
@@ -106,7 +110,7 @@ async def back_up(
         error: ErrorReport | None = None
         cancelled: asyncio.CancelledError | None = None
         try:
-            await aio.finish(asyncio.to_thread(enter))
+            await enter()
             await _Run(vm, options, means, run=run, facts=facts, on_progress=on_progress).execute(started)
         except VmfleeceError as failure:
             error = ErrorReport.of(failure)

@@ -6,11 +6,10 @@ so there is one engine a host, and a VM has one run at a time.
 
 import asyncio
 import contextlib
-import itertools
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,15 @@ from typing import Any
 import structlog
 
 from orchestrator import aio
-from orchestrator.admission import estimate
 from orchestrator.admission.accounts import Accounts
 from orchestrator.admission.controller import Controller
 from orchestrator.admission.ledger.sqlite import SqliteLedger
-from orchestrator.causes import Cause
 from orchestrator.config import Config
-from orchestrator.config.settings import JobSettings, TargetDriver, TargetSettings
+from orchestrator.config.settings import TargetDriver, TargetSettings
 from orchestrator.errors import StateError, StorageError, VmfleeceError
 from orchestrator.model import ErrorReport, Phase, Progress, RunOptions, RunResult
 from orchestrator.qemu import qmp
 from orchestrator.qemu.monitor import Monitor
-from orchestrator.run import retry
 from orchestrator.run.backup import Connect, Means, back_up, new_run_id
 from orchestrator.run.outcome import Facts, log_result, never_began
 from orchestrator.run.prune import prune
@@ -39,6 +35,9 @@ from orchestrator.service.api import server
 from orchestrator.service.api.base import Service
 from orchestrator.service.desk import Desk
 from orchestrator.service.feed import Feed
+from orchestrator.service.hooks import JobHook
+from orchestrator.service.jobs import Jobs
+from orchestrator.service.notify import Notifiers
 from orchestrator.service.reconciler import Reconciler
 from orchestrator.service.requests import Requests
 from orchestrator.service.status import Status, StorageStatus
@@ -162,7 +161,6 @@ class Engine:
         self._vm_locks: dict[str, asyncio.Lock] = {}
         self._live: dict[str, overview.Live] = {}
         self._lined_up: dict[str, overview.Live] = {}
-        self._pausing: dict[str, overview.Pausing] = {}
         self.stopping = False
         """Set before all runs are cancelled because vmfleece ends: its next start goes on with jobs' turns."""
         self.reconciler = Reconciler(
@@ -187,6 +185,8 @@ class Engine:
         )
         self.feed = Feed()
         self.requests = Requests()
+        self._notifiers = Notifiers(config.notify)
+        self._jobs = Jobs(self, self._notifiers)
         self._desk = Desk(self, self._means, Service.DAEMON if supervise else Service.COMMAND)
 
     @contextlib.asynccontextmanager
@@ -194,10 +194,11 @@ class Engine:
         """Put guests right, hold the ledger, look after VMs, and answer over the API, for the block."""
         with self.feed.listening():
             async with aio.background(*([self._guests_first()] if recover else [])):
-                await asyncio.to_thread(self._enter, self._end_dead_runs)
+                await self.enter(self._end_dead_runs)
                 async with (
                     self._controller.serving(),
                     self._supervisors.serving(),
+                    self._notifiers.serving(),
                     aio.background(*([self._recover()] if recover else [])),
                     server.served(self.config.daemon, self._desk),
                     aio.background(self.requests.serve()),
@@ -226,7 +227,7 @@ class Engine:
     def status(self) -> Status:
         """What is going on right now."""
         runs, queue = overview.runs_and_queue(
-            self._live.values(), self._controller, self._lined_up.values(), self._pausing.values()
+            self._live.values(), self._controller, self._lined_up.values(), self._jobs.pausing.values()
         )
         return Status(
             process=os.getpid(),
@@ -237,21 +238,27 @@ class Engine:
         )
 
     async def back_up(
-        self, vm: str, options: RunOptions, *, on_progress: Callable[[Progress], None], run: str | None = None
+        self,
+        vm: str,
+        options: RunOptions,
+        *,
+        on_progress: Callable[[Progress], None],
+        run: str | None = None,
+        hook: JobHook | None = None,
     ) -> RunResult:
         """Back up one VM once. Failures are outcomes; cancellation undoes everything, then is raised.
 
-        A run that is ended by `end_run` is undone, too; that is an outcome.
+        A run that is ended by `end_run` is undone, too; that is an outcome. `hook` is called before and after.
         """
         run = run or new_run_id()
         live = overview.Live(vm, run, self.config.vms()[vm].priority, options, datetime.now(UTC))
 
         def progressed(progress: Progress) -> None:
             live.progress = progress
-            self._tell(progress, on_progress)
+            self.tell(progress, on_progress)
 
         try:
-            result = await aio.unless(live.told_to_end(), self._back_up(live, progressed))
+            result = await aio.unless(live.told_to_end(), self._back_up(live, hook, progressed))
         except overview.RunCancelled:
             if live.result is not None:
                 return live.result
@@ -261,7 +268,9 @@ class Engine:
         await aio.finish(asyncio.to_thread(self._remember, result))
         return result
 
-    async def _back_up(self, live: overview.Live, progressed: Callable[[Progress], None]) -> RunResult:
+    async def _back_up(
+        self, live: overview.Live, hook: JobHook | None, progressed: Callable[[Progress], None]
+    ) -> RunResult:
         vm, run, options = live.vm, live.run, live.options
         gate = self.gates[options.target]
         async with self._in_line(live):
@@ -271,20 +280,33 @@ class Engine:
                     log.info("run.queued", reasons=[waits_for], obstacles=[])
                 progressed(Progress(vm, run, Phase.QUEUED, waits_for=waits_for))
             async with gate.shared():
+                ended: RunResult | None = None
+
+                async def enter() -> None:
+                    begin = partial(self.catalogue.begin, run, vm, options.job, live.started)
+                    await aio.finish(asyncio.to_thread(begin))
+                    if hook is not None:
+                        await hook.run_started(vm, run)
 
                 def cancelled(result: RunResult) -> None:
-                    live.result = result
+                    nonlocal ended
+                    ended = live.result = result
                     self._remember(result)
 
-                return await back_up(
-                    self.config.vms()[vm],
-                    options,
-                    self._means,
-                    run=run,
-                    on_progress=progressed,
-                    enter=partial(self.catalogue.begin, run, vm, options.job, live.started),
-                    on_cancelled=cancelled,
-                )
+                try:
+                    ended = await back_up(
+                        self.config.vms()[vm],
+                        options,
+                        self._means,
+                        run=run,
+                        on_progress=progressed,
+                        enter=enter,
+                        on_cancelled=cancelled,
+                    )
+                finally:
+                    if hook is not None and ended is not None:
+                        await aio.finish(hook.run_ended(ended))
+                return ended
 
     @contextlib.asynccontextmanager
     async def _in_line(self, live: overview.Live) -> AsyncIterator[None]:
@@ -308,21 +330,25 @@ class Engine:
 
     def end_run(self, run: str) -> bool:
         """Have a run end, which puts its VM right by itself; whether there is such a run, or try to come."""
-        for waiting in (self._live, self._lined_up, self._pausing):
+        for waiting in (self._live, self._lined_up, self._jobs.pausing):
             if run in waiting:
                 waiting[run].ending.set()
                 return True
         return False
 
-    def _tell(self, progress: Progress, on_progress: Callable[[Progress], None]) -> None:
+    def tell(self, progress: Progress, on_progress: Callable[[Progress], None]) -> None:
+        """Tell whoever follows, and whoever asked for the run, how far it is."""
         self.feed.progress(progress)
         on_progress(progress)
 
     def _remember(self, result: RunResult) -> None:
         self._enter(partial(self.catalogue.finish, result))
 
-    def _enter(self, entry: Callable[[], None]) -> None:
+    async def enter(self, entry: Callable[[], None]) -> None:
         """Enter something into the catalogue. What cannot be is no less so."""
+        await asyncio.to_thread(self._enter, entry)
+
+    def _enter(self, entry: Callable[[], None]) -> None:
         try:
             entry()
         except StateError as error:
@@ -357,23 +383,9 @@ class Engine:
         The catalogue knows which it is not done with; `vms` says how often it was interrupted amid each (see
         `retry.after_restart`). Cancelled, it is done with all, unless that is because vmfleece is `stopping`.
         """
-        job = self.config.job[name]
-        options = self.config.run_options(name)
-        if vms is None:
-            vms = dict.fromkeys(job.vms, 0)
-        log.info("job.started", job=name, vms=len(vms))
-        await asyncio.to_thread(self._enter, partial(self.catalogue.begin_turn, name, vms))
-        async with asyncio.TaskGroup() as group:
-            runs = [group.create_task(self._take_turn(job, vm, options, on_progress)) for vm in vms]
-        results = [run.result() for run in runs]
-        failed = [result.vm for result in results if result.error is not None]
-        for result in results:
-            if result.error is None:
-                await self._prune(options.target, result.vm, merge=job.merge_chains)
-        log.info("job.finished", job=name, vms=len(results), failed=failed)
-        return results
+        return await self._jobs.run(name, vms, on_progress)
 
-    async def _prune(self, target: str, vm: str, *, merge: bool) -> None:
+    async def prune(self, target: str, vm: str, *, merge: bool) -> None:
         """Remove what retention does not keep, now that there is a new snapshot. What fails is logged only."""
         if keeps := self.config.keeps(target, vm):
             try:
@@ -381,66 +393,6 @@ class Engine:
                     await prune(self._means.targets[target], vm, keeps, merge=merge)
             except VmfleeceError as error:
                 log.warning("prune.failed", vm=vm, target=target, error=str(error))
-
-    async def _take_turn(
-        self, job: JobSettings, vm: str, options: RunOptions, on_progress: Callable[[Progress], None]
-    ) -> RunResult:
-        done = False
-        try:
-            result = await self._with_retries(vm, options, job.retries, on_progress)
-            done = True
-        finally:
-            if done or not self.stopping:
-                end = partial(self.catalogue.end_turn, job.name, vm)
-                await aio.finish(asyncio.to_thread(self._enter, end))
-        return result
-
-    async def _with_retries(
-        self, vm: str, options: RunOptions, retries: int, on_progress: Callable[[Progress], None]
-    ) -> RunResult:
-        run = new_run_id()
-        for tries in itertools.count(1):
-            result = await self.back_up(vm, options, run=run, on_progress=on_progress)
-            if result.error is None:
-                break
-            pause_seconds = retry.pause_seconds(
-                result.error.cause,
-                tries=tries,
-                retries=retries,
-                may_be_granted_more=self._may_be_granted_more(result),
-            )
-            if pause_seconds is None:
-                break
-            run = new_run_id()
-            log.warning(
-                "run.retrying",
-                vm=vm,
-                run=result.run,
-                code=result.error.code,
-                cause=result.error.cause,
-                pause_seconds=pause_seconds,
-                next_run=run,
-            )
-            until = datetime.now(UTC) + timedelta(seconds=pause_seconds)
-            pausing = overview.Pausing(vm, run, self.config.vms()[vm].priority, options, until, result)
-            self._tell(Progress(vm, run, Phase.QUEUED, waits_for=pausing.reason), on_progress)
-            self._pausing[run] = pausing
-            try:
-                if await pausing.ended_within(pause_seconds):
-                    break
-            finally:
-                del self._pausing[run]
-        return result
-
-    def _may_be_granted_more(self, result: RunResult) -> bool:
-        """Whether a run ran full although it did not hold all of its storage."""
-        if result.error is None or result.error.cause is not Cause.FLEECING_FULL:
-            return False
-        granted_bytes: dict[str, int] = {}
-        for disk in result.disks:
-            if disk.storage is not None:
-                granted_bytes[disk.storage] = granted_bytes.get(disk.storage, 0) + disk.grant_bytes
-        return all(size < estimate.whole(self._storages[name].quota_bytes) for name, size in granted_bytes.items())
 
     async def _guests_first(self) -> None:
         """Continue and thaw what dead runs left paused or frozen, at once and until it is known to be done."""

@@ -17,6 +17,7 @@ from orchestrator.admission import controller as controller_module
 from orchestrator.admission import estimate
 from orchestrator.admission.ledger.base import Grant, Owner
 from orchestrator.admission.ledger.sqlite import SqliteLedger
+from orchestrator.errors import HookError
 from orchestrator.model import Fleecing, Outcome, RunOptions, Vm
 from orchestrator.run import retry
 from orchestrator.service import engine
@@ -26,6 +27,7 @@ from orchestrator.storage.base import Space
 from tests.component.fake_blocks import CLUSTER
 from tests.component.fake_monitor import Trouble
 from tests.component.fake_qemu import FakeQemu
+from tests.component.http_server import http_server
 from tests.component.world import MIB, OTHER_RUN, SOCKET, World, failed_with, pattern, settled
 
 Make = Callable[..., World]
@@ -424,4 +426,91 @@ async def test_status_tells_of_the_run_and_of_who_waits(make: Make, before: list
             world.qemu._advance_soon(job)
         assert [(await one).error for one in (first, other)] == [None, None]
         assert one.status().runs == one.status().queue == ()
+    await world.assert_nothing_is_left(before)
+
+
+# --- a job's hook, and who is told ---
+
+CALLS = """#!/bin/sh
+echo "$@" >> "$0.calls"
+[ "$1" != "{failing}" ]
+"""
+HOOK_AND_CHECK = """full_every = 1
+hook = "{folder}/hook"
+[notify.check]
+driver = "healthchecks"
+url_file = "{folder}/check.url"
+"""
+
+
+def with_hook(world: World, port: int, *, failing: str = "-") -> str:
+    """Configuration, at the end of the job, of a hook that fails at a phase, and of a check."""
+    hook, url = world.folder / "hook", world.folder / "check.url"
+    hook.write_text(CALLS.format(failing=failing))
+    hook.chmod(0o700)
+    url.touch(mode=0o600)
+    url.write_text(f"http://127.0.0.1:{port}/check")
+    return HOOK_AND_CHECK.format(folder=world.folder)
+
+
+def calls(world: World) -> list[str]:
+    return (world.folder / "hook.calls").read_text().splitlines()
+
+
+async def test_a_job_calls_its_hook_and_tells_its_check(make: Make, before: list[str]) -> None:
+    world = make(disks={"vda": MIB})
+    async with http_server() as server, opened(world, retries=0, more=with_hook(world, server.port)) as one:
+        (result,) = await one.run_job("nightly")
+        assert result.error is None, result.error
+        world.qemu.target_error = "Input/output error"
+        await one.run_job("nightly")
+    assert calls(world) == [
+        *("job-init", "job-start", "backup-start snapshot web01"),
+        *("backup-end snapshot web01", "log-end snapshot web01", "job-end"),
+        *("job-init", "job-start", "backup-start snapshot web01"),
+        *("backup-abort snapshot web01", "log-end snapshot web01", "job-end"),
+    ]
+    assert [path for path, _ in server.got] == ["/check/start", "/check", "/check/start", "/check/fail"]
+    await world.assert_nothing_is_left(before)
+
+
+async def test_a_hook_that_fails_at_the_start_stops_the_job(make: Make, before: list[str]) -> None:
+    world = make(disks={"vda": MIB})
+    async with (
+        http_server() as server,
+        opened(world, more=with_hook(world, server.port, failing="job-start")) as one,
+    ):
+        with pytest.raises(HookError, match="exit code 1 when it was called as job-start"):
+            await one.run_job("nightly")
+        assert one.catalogue.results("web01") == []
+    assert calls(world) == ["job-init", "job-start", "job-abort"]
+    assert [path for path, _ in server.got] == ["/check/start", "/check/fail"]
+    await world.assert_nothing_is_left(before)
+
+
+async def test_a_hook_that_fails_before_a_run_fails_that_run(make: Make, before: list[str]) -> None:
+    world = make(disks={"vda": MIB})
+    async with (
+        http_server() as server,
+        opened(world, more=with_hook(world, server.port, failing="backup-start")) as one,
+    ):
+        (result,) = await one.run_job("nightly")
+        assert failed_with(result) == "hook-failed"
+        assert one.catalogue.results("web01")[-1]["error"]["code"] == "hook-failed"
+    assert calls(world)[2:] == [
+        *("backup-start snapshot web01", "backup-abort snapshot web01", "log-end snapshot web01", "job-end"),
+    ]
+    await world.assert_nothing_is_left(before)
+
+
+async def test_a_job_that_is_cancelled_tells_its_hook(make: Make, before: list[str]) -> None:
+    world = make(disks={"vda": SIZE})
+    world.qemu.automatic = False
+    async with http_server() as server, opened(world, more=with_hook(world, server.port)) as one:
+        job = asyncio.ensure_future(one.run_job("nightly"))
+        await settled(lambda: bool(world.qemu.jobs))
+        job.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await job
+    assert calls(world)[3:] == ["backup-abort snapshot web01", "log-end snapshot web01", "job-abort"]
     await world.assert_nothing_is_left(before)

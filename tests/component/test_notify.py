@@ -1,16 +1,12 @@
 """Who is told how jobs ended: by apprise and as a check is pinged, to an HTTP server here."""
 
-import contextlib
 import socket
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
-from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
@@ -20,38 +16,10 @@ from orchestrator.errors import HookError
 from orchestrator.model import ErrorReport, Kind, Outcome, RunResult
 from orchestrator.service import notify
 from orchestrator.service.notify import JobEnd, Notifiers, Told, is_told
+from tests.component.http_server import http_server
 
 NOON = datetime(2026, 11, 23, 12, tzinfo=UTC)
 SECRET = "s3cr3t-token"
-
-
-@dataclass
-class Server:
-    """What it was sent, and what it answers."""
-
-    port: int = 0
-    got: list[tuple[str, str]] = field(default_factory=list)
-    answers: list[int] = field(default_factory=list)
-
-    async def answer(self, request: web.Request) -> web.Response:
-        self.got.append((request.path, await request.text()))
-        return web.Response(status=self.answers.pop(0) if self.answers else 200)
-
-
-@contextlib.asynccontextmanager
-async def serving() -> AsyncIterator[Server]:
-    server = Server()
-    application = web.Application()
-    application.router.add_route("*", "/{path:.*}", server.answer)
-    runner = web.AppRunner(application)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        server.port = runner.addresses[0][1]
-        yield server
-    finally:
-        await runner.cleanup()
 
 
 def settings(folder: Path, driver: NotifyDriver, url: str, **more: Any) -> NotifySettings:
@@ -79,7 +47,7 @@ STOPPED = JobEnd("nightly", [], HookError("the hook /hook ended with exit code 7
 
 
 async def test_people_get_one_message_with_what_failed_and_what_to_do(tmp_path: Path) -> None:
-    async with serving() as server:
+    async with http_server() as server:
         people = settings(tmp_path, NotifyDriver.APPRISE, f"json://127.0.0.1:{server.port}/{SECRET}")
         notifiers = Notifiers({"admins": people})
         with capture_logs() as logs:
@@ -94,7 +62,7 @@ async def test_people_get_one_message_with_what_failed_and_what_to_do(tmp_path: 
 
 
 async def test_a_check_is_pinged_at_the_start_and_at_every_end(tmp_path: Path) -> None:
-    async with serving() as server:
+    async with http_server() as server:
         check = settings(tmp_path, NotifyDriver.HEALTHCHECKS, f"http://127.0.0.1:{server.port}/{SECRET}")
         notifiers = Notifiers({"check": check})
         async with notifiers.serving():
@@ -113,7 +81,7 @@ async def test_what_cannot_be_sent_is_tried_again_then_logged_without_the_addres
 ) -> None:
     monkeypatch.setattr(notify, "RETRY_SECONDS", 0.0)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("info"))
-    async with serving() as server:
+    async with http_server() as server:
         urls = {
             NotifyDriver.HEALTHCHECKS: f"http://127.0.0.1:{server.port}/{SECRET}",
             NotifyDriver.APPRISE: f"json://127.0.0.1:{server.port}/{SECRET}",
@@ -159,7 +127,7 @@ async def test_whoever_does_not_answer_holds_up_nothing(tmp_path: Path, monkeypa
 
 async def test_people_are_told_again_after_a_while_and_when_it_is_good_again(tmp_path: Path) -> None:
     now = NOON
-    async with serving() as server:
+    async with http_server() as server:
         people = settings(tmp_path, NotifyDriver.APPRISE, f"json://127.0.0.1:{server.port}/")
         notifiers = Notifiers({"admins": people}, now=lambda: now)
         async with notifiers.serving():

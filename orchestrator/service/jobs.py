@@ -1,0 +1,139 @@
+"""A job's turn: its VMs side by side, tried again where that can help; its hook, retention, and who is told."""
+
+import asyncio
+import itertools
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import TYPE_CHECKING
+
+import structlog
+
+from orchestrator import aio
+from orchestrator.admission import estimate
+from orchestrator.causes import Cause
+from orchestrator.config.settings import JobSettings
+from orchestrator.errors import VmfleeceError
+from orchestrator.model import Phase, Progress, RunResult
+from orchestrator.run import retry
+from orchestrator.run.backup import new_run_id
+from orchestrator.service import overview
+from orchestrator.service.hooks import JobHook
+from orchestrator.service.notify import JobEnd, Notifiers
+
+if TYPE_CHECKING:
+    from orchestrator.service.engine import Engine
+
+log = structlog.get_logger(__name__)
+
+OnProgress = Callable[[Progress], None]
+
+
+class Jobs:
+    """Runs the jobs of an engine, which does the backups. `stopping`: see `Engine.stopping`."""
+
+    def __init__(self, engine: "Engine", notifiers: Notifiers) -> None:
+        self._engine = engine
+        self._notifiers = notifiers
+        self.pausing: dict[str, overview.Pausing] = {}
+        """Tries to come, by their runs."""
+
+    async def run(self, name: str, vms: Mapping[str, int] | None, on_progress: OnProgress) -> list[RunResult]:
+        """See `Engine.run_job`."""
+        config = self._engine.config
+        job = config.job[name]
+        hook = JobHook(job, config.target[job.options.target])
+        if vms is None:
+            vms = dict.fromkeys(job.vms, 0)
+        log.info("job.started", job=name, vms=len(vms))
+        self._notifiers.job_started(name)
+        done = False
+        try:
+            await hook.job_started()
+            results = await self._run_all(job, vms, hook, on_progress)
+            done = True
+        except VmfleeceError as error:
+            self._notifiers.job_ended(JobEnd(name, (), stopped=error))
+            raise
+        finally:
+            await aio.finish(hook.job_ended(aborted=not done))
+        failed = [result.vm for result in results if result.error is not None]
+        log.info("job.finished", job=name, vms=len(results), failed=failed)
+        self._notifiers.job_ended(JobEnd(name, results))
+        return results
+
+    async def _run_all(
+        self, job: JobSettings, vms: Mapping[str, int], hook: JobHook, on_progress: OnProgress
+    ) -> list[RunResult]:
+        await self._engine.enter(partial(self._engine.catalogue.begin_turn, job.name, vms))
+        async with asyncio.TaskGroup() as group:
+            runs = [group.create_task(self._take_turn(job, vm, hook, on_progress)) for vm in vms]
+        results = [run.result() for run in runs]
+        for result in results:
+            if result.error is None:
+                await self._engine.prune(job.options.target, result.vm, merge=job.merge_chains)
+        return results
+
+    async def _take_turn(self, job: JobSettings, vm: str, hook: JobHook, on_progress: OnProgress) -> RunResult:
+        done = False
+        try:
+            result = await self._with_retries(job, vm, hook, on_progress)
+            done = True
+        finally:
+            if done or not self._engine.stopping:
+                end = partial(self._engine.catalogue.end_turn, job.name, vm)
+                await aio.finish(self._engine.enter(end))
+        return result
+
+    async def _with_retries(self, job: JobSettings, vm: str, hook: JobHook, on_progress: OnProgress) -> RunResult:
+        run = new_run_id()
+        for tries in itertools.count(1):
+            result = await self._engine.back_up(vm, job.options, run=run, hook=hook, on_progress=on_progress)
+            if result.error is None:
+                break
+            pause_seconds = retry.pause_seconds(
+                result.error.cause,
+                tries=tries,
+                retries=job.retries,
+                may_be_granted_more=self._may_be_granted_more(result),
+            )
+            if pause_seconds is None:
+                break
+            run = new_run_id()
+            log.warning(
+                "run.retrying",
+                vm=vm,
+                run=result.run,
+                code=result.error.code,
+                cause=result.error.cause,
+                pause_seconds=pause_seconds,
+                next_run=run,
+            )
+            if await self._pause(job, run, result, pause_seconds, on_progress):
+                break
+        return result
+
+    async def _pause(
+        self, job: JobSettings, run: str, failed: RunResult, seconds: float, on_progress: OnProgress
+    ) -> bool:
+        """Wait before another try; whether it was told to end meanwhile."""
+        until = datetime.now(UTC) + timedelta(seconds=seconds)
+        priority = self._engine.config.vms()[failed.vm].priority
+        pausing = overview.Pausing(failed.vm, run, priority, job.options, until, failed)
+        self._engine.tell(Progress(failed.vm, run, Phase.QUEUED, waits_for=pausing.reason), on_progress)
+        self.pausing[run] = pausing
+        try:
+            return await pausing.ended_within(seconds)
+        finally:
+            del self.pausing[run]
+
+    def _may_be_granted_more(self, result: RunResult) -> bool:
+        """Whether a run ran full although it did not hold all of its storage."""
+        if result.error is None or result.error.cause is not Cause.FLEECING_FULL:
+            return False
+        granted_bytes: dict[str, int] = {}
+        for disk in result.disks:
+            if disk.storage is not None:
+                granted_bytes[disk.storage] = granted_bytes.get(disk.storage, 0) + disk.grant_bytes
+        storages = self._engine.config.storage
+        return all(size < estimate.whole(storages[name].quota_bytes) for name, size in granted_bytes.items())
