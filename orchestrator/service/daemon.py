@@ -67,7 +67,7 @@ def _stop(config: Config, opened: Engine, stop: asyncio.Event) -> None:
     # Not taken back: after the runs, it is threads that may hang, in a file system that does not answer.
     why = f"not ended within {format_duration(timeout_seconds)} (daemon.stop_timeout)"
     asyncio.get_running_loop().call_later(timeout_seconds, _abort, opened, why, EXIT_FAILED)
-    opened.stopping = True
+    opened.stop()
     stop.set()
 
 

@@ -162,7 +162,7 @@ class Engine:
         self._live: dict[str, overview.Live] = {}
         self._lined_up: dict[str, overview.Live] = {}
         self.stopping = False
-        """Set before all runs are cancelled because vmfleece ends: its next start goes on with jobs' turns."""
+        """Whether vmfleece ends: its next start goes on with the jobs' turns that are cancelled then."""
         self.reconciler = Reconciler(
             monitors={name: vm.qmp for name, vm in config.vms().items()},
             targets=targets_by_name,
@@ -218,6 +218,11 @@ class Engine:
                 continue
             for lack in lacks:
                 log.warning("storage.lacks", storage=storage.name, feature=lack.feature, error=lack.consequence)
+
+    def stop(self) -> None:
+        """Begin nothing more that is asked for, and end what was: to be called before jobs are cancelled."""
+        self.stopping = True
+        self.requests.end()
 
     def under_way(self) -> list[dict[str, str]]:
         """The runs that are not over: `vm`, `run` and `phase`."""

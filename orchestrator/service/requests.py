@@ -56,15 +56,23 @@ class Requests:
     def __init__(self) -> None:
         self._known: dict[str, _Asked] = {}
         self._group: asyncio.TaskGroup | None = None
+        self._ending = asyncio.Event()
 
     async def serve(self) -> None:
-        """Let requests begin until cancelled; then their runs put their VMs right first."""
+        """Let requests begin until cancelled, or told to `end`; then their runs put their VMs right first."""
         async with asyncio.TaskGroup() as group:
             self._group = group
             try:
-                await asyncio.Event().wait()
+                await self._ending.wait()
             finally:
                 self._group = None
+            for asked in self._known.values():
+                if asked.task is not None:
+                    asked.task.cancel()
+
+    def end(self) -> None:
+        """Have none begin any more, and the runs of those under way end."""
+        self._ending.set()
 
     def begin(
         self, work: Work, *, vms: Iterable[str], job: str | None = None, runs: Iterable[str] = ()

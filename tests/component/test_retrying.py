@@ -4,15 +4,17 @@ import asyncio
 import json
 import re
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import pytest
 
-from orchestrator.model import Phase, Progress
+from orchestrator.errors import StateError
+from orchestrator.model import Phase, Progress, RunResult
 from orchestrator.run import retry
+from orchestrator.service.documents import RequestState
 from orchestrator.service.status import Status
-from tests.component.test_admission import logged, opened
+from tests.component.test_admission import OPTIONS, logged, opened
 from tests.component.world import MIB, World, failed_with, settled
 
 Make = Callable[..., World]
@@ -37,11 +39,12 @@ async def test_a_run_that_waits_to_be_tried_again_is_in_the_queue_and_its_cause_
             assert (waiting.vm, waiting.job, waiting.target) == ("web01", "nightly", "main")
             (reason,) = waiting.reasons
             assert re.match(
-                rf"its next try, in [12]s: run {retrying['run']} failed with vm-unreachable: VM web01", reason
+                rf"its next try, in [0-2]s: run {retrying['run']} failed with vm-unreachable: VM web01", reason
             )
             assert waiting.until is not None
-            assert datetime.fromisoformat(waiting.until) > datetime.now(UTC)
-            assert Status.from_json(json.loads(json.dumps(one.status().as_json()))) == one.status()
+            assert datetime.fromisoformat(waiting.until) > datetime.fromisoformat(waiting.started)
+            status = one.status()
+            assert Status.from_json(json.loads(json.dumps(status.as_json()))) == status
             assert (progress[-1].run, progress[-1].phase) == (waiting.run, Phase.QUEUED)
             world.qemu.accepts = True
             (result,) = await job
@@ -97,3 +100,49 @@ async def test_a_history_that_cannot_be_written_at_the_end_takes_nothing_from_th
     assert result.error is None
     assert [line["event"] for line in logs].count("catalogue.unusable") == 2  # the run, and the VM's turn
     assert [snapshot.id for snapshot in world.fake_target.listed] == [result.snapshot]
+
+
+# --- the end of vmfleece ---
+
+
+@pytest.mark.parametrize("stopping", [True, False])
+async def test_the_next_start_goes_on_with_what_is_cancelled_because_vmfleece_ends_only(
+    make: Make, before: list[str], stopping: bool
+) -> None:
+    world = make(disks={"vda": SIZE})
+    world.qemu.automatic = False
+    async with opened(world) as one:
+        job = asyncio.ensure_future(one.run_job("nightly"))
+        await settled(lambda: bool(world.qemu.jobs))
+        assert one.catalogue.unfinished("nightly") == {"web01": 0}
+        if stopping:
+            one.stop()
+        job.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await job
+        assert one.catalogue.unfinished("nightly") == ({"web01": 0} if stopping else {})
+    await world.assert_nothing_is_left(before)
+
+
+async def test_stopping_ends_what_was_asked_for_and_lets_nothing_begin(make: Make, before: list[str]) -> None:
+    world = make(disks={"vda": SIZE})
+    world.qemu.automatic = False
+
+    async def work(on_progress: Callable[[Progress], None]) -> list[RunResult]:
+        return [await one.back_up("web01", OPTIONS, on_progress=on_progress)]
+
+    async with opened(world) as one:
+        await asyncio.sleep(0)  # it serves
+        asked = one.requests.begin(work, vms=["web01"])
+        await settled(lambda: bool(world.qemu.jobs))
+        one.stop()
+        await settled(lambda: one.requests.shown(asked.request).state is not RequestState.UNDER_WAY)
+        await settled(lambda: not one.under_way())
+        assert one.under_way() == []
+        assert one.requests.shown(asked.request).state is RequestState.CANCELLED
+        with pytest.raises(StateError) as refused:
+            one.requests.begin(work, vms=["web01"])
+        assert refused.value.code == "stopping"
+        (result,) = one.catalogue.results("web01")
+        assert result["outcome"] == "cancelled"
+    await world.assert_nothing_is_left(before)
