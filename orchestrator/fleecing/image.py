@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import structlog
 
 from orchestrator import aio
-from orchestrator.errors import ToolError
+from orchestrator.errors import CommandFailed, ToolError
 from orchestrator.fleecing.boundary import Extent
 from orchestrator.fleecing.names import DiskNames
 from orchestrator.fleecing.quiet import Quiet
@@ -68,8 +68,16 @@ async def attach(monitor: Monitor, names: DiskNames, file: ImageFile, limit_byte
 
 
 async def start_discarding(monitor: Monitor, disks: Sequence[DiskNames]) -> None:
-    """Have images give back what is discarded from now on (not on a QEMU without discard-source: it aborts)."""
-    await monitor.execute(commands.reopen(*(commands.image_node(one.image, file=one.grant) for one in disks)))
+    """Have images give back what is discarded from now on (not on a QEMU without discard-source: it aborts).
+
+    QEMU writes out what it caches of them for that. One that it cannot write stays as it is: the snapshot has
+    broken, or will, and whoever copies from it finds out why.
+    """
+    reopened = [commands.reopen(commands.image_node(one.image, file=one.grant)) for one in disks]
+    replies = await monitor.pipeline(reopened)
+    for names, reply in zip(disks, replies, strict=True):
+        if isinstance(reply, CommandFailed):
+            log.warning("image.unwritable", image=names.image, error=reply.description)
 
 
 async def extend(monitor: Monitor, names: DiskNames, limit_bytes: int) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from orchestrator.errors import CommandFailed
 from orchestrator.fleecing.bitmaps import name_of
+from orchestrator.fleecing.names import IMAGE, role_of
 from orchestrator.model import Kind, Outcome, RunResult
 from orchestrator.qemu.commands import Command
 from orchestrator.target.base import ParentUnusable
@@ -244,3 +246,24 @@ async def test_a_broken_incremental_names_its_reason(make: Make) -> None:
     write(world, "vda", 1, "x")
     world.qemu.target_error = "No space left on device"
     assert failed_with(await world.back_up(run="00000002")) == "target-full"
+
+
+async def test_an_image_that_cannot_be_written_breaks_the_snapshot_and_is_no_bug(
+    make: Make, before: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make(disks={"vda": SIZE, "vdb": MIB})
+    await backed_up(world, number=1)
+    write(world, "vda", 0, "changed")
+    reopen = world.qemu._blockdev_reopen
+
+    def flushed_first(arguments: dict[str, Any]) -> Any:
+        if role_of(arguments["options"][0]["node-name"]) != IMAGE:
+            return reopen(arguments)
+        world.qemu.break_snapshot("vda")
+        raise CommandFailed("blockdev-reopen", "Error flushing drive: Input/output error")
+
+    monkeypatch.setattr(world.qemu, "_blockdev_reopen", flushed_first)
+    assert failed_with(await world.back_up(run="00000002")) == "copy-timeout"
+    await world.assert_nothing_is_left(before)
+    monkeypatch.undo()
+    assert (await backed_up(world, number=3)).kind is Kind.INCREMENTAL
