@@ -39,6 +39,7 @@ log = structlog.get_logger(__name__)
 
 JOB_END_SECONDS = 60.0
 REQUERY_SECONDS = 1.0
+TRIES = 3
 CHANGED = "changed"
 """On a snapshot-access node: the bitmap of what its job is to copy."""
 
@@ -178,6 +179,25 @@ async def dismantle(monitor: Monitor, prefix: str, pauser: Pauser | None) -> Non
 
 
 async def _take_out(monitor: Monitor, prefix: str, pauser: Pauser | None, *, roles: Sequence[str]) -> None:
+    """Take out nodes of these roles; again where others changed something between the question and the act.
+
+    A device may be unplugged right then, or somebody else's job end, whose filter is below ours.
+    """
+    for _ in range(TRIES):
+        refused = await _try_to_take_out(monitor, prefix, pauser, roles=roles)
+        if not refused:
+            return
+    raise MonitorError(
+        f"could not take everything of vmfleece out of QEMU: {'; '.join(refused)}",
+        hint="the guest goes on; the next backup of this VM tries again",
+        code="leftovers",
+    )
+
+
+async def _try_to_take_out(
+    monitor: Monitor, prefix: str, pauser: Pauser | None, *, roles: Sequence[str]
+) -> list[str]:
+    """What QEMU refused, in words."""
     exports = await monitor.execute(commands.QUERY_EXPORTS)
     if any(one["id"].startswith(prefix) for one in exports):
         await monitor.execute(commands.NBD_SERVER_STOP)
@@ -196,13 +216,7 @@ async def _take_out(monitor: Monitor, prefix: str, pauser: Pauser | None, *, rol
     for fdset in await monitor.execute(commands.QUERY_FDSETS):
         if any(fd.get("opaque", "").startswith(prefix) for fd in fdset["fds"]):
             replies += await monitor.pipeline([commands.remove_fd(fdset["fdset-id"])])
-    refused = [str(reply) for reply in replies if isinstance(reply, CommandFailed)]
-    if refused:
-        raise MonitorError(
-            f"could not take everything of vmfleece out of QEMU: {'; '.join(refused)}",
-            hint="the guest goes on; the next backup of this VM tries again",
-            code="leftovers",
-        )
+    return [str(reply) for reply in replies if isinstance(reply, CommandFailed)]
 
 
 def removal(
