@@ -48,8 +48,8 @@ def logged() -> Iterator[list[MutableMapping[str, Any]]]:
 async def test_what_could_not_be_taken_out_stays_granted_until_it_is(make: Make, before: list[str]) -> None:
     world = make(disks={"vda": SIZE})
     world.qemu.during_copy = lambda _job: world.qemu.break_snapshot("vda")
-    world.qemu.before = lambda asked: (
-        asked.name == "query-blockstats" and world.troubles.on("blockdev-del", Trouble.REFUSED)
+    world.qemu.before = lambda asked: (  # which is asked for each time that it is tried
+        asked.name == "query-block" and world.troubles.on("blockdev-del", Trouble.REFUSED)
     )
     result = await world.back_up(run=OTHER_RUN)
     assert result.outcome is Outcome.FAILED

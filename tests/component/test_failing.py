@@ -374,8 +374,9 @@ async def test_what_could_not_be_undone_is_undone_by_the_next_run(
 ) -> None:
     world = make()
     at_half(world, lambda: world.qemu.break_snapshot("vda"))
-    # Read errors are diagnosed with query-blockstats; what is asked from there on is asked by the undo.
-    world.qemu.before = lambda asked: asked.name == "query-blockstats" and world.troubles.on(command, trouble)
+    # A disk that is copied is asked for with query-blockstats, and then taken out; if that is refused, again.
+    occasions = {"query-blockstats"} | ({"query-block"} if trouble is Trouble.REFUSED else set())
+    world.qemu.before = lambda asked: asked.name in occasions and world.troubles.on(command, trouble)
     result = await world.back_up(run=OTHER_RUN)
     world.qemu.before = lambda _command: None
     assert result.outcome is Outcome.FAILED
