@@ -98,7 +98,9 @@ async def test_a_grant_stays_if_taking_out_fails(world: World) -> None:
         one.catalogue.begin(OTHER_RUN, "web01", None, datetime.now(UTC))
     leave(world, OTHER_RUN)
     await left_by_a_dead_process(world)
-    world.troubles.on("blockdev-del", Trouble.REFUSED)
+    world.qemu.before = lambda asked: (  # which is asked for each time that it is tried
+        asked.name == "query-block" and world.troubles.on("blockdev-del", Trouble.REFUSED)
+    )
     async with opened(world, recover=False) as one:
         planned = await one.reconciler.plan()
         assert [repair.act for repair in planned] == [Act.TAKE_OUT, Act.GIVE_BACK]
