@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test soak lint bench tools host-tools install-service clean
+.PHONY: demo test soak lint bench tools host-tools install-service man clean
 .DEFAULT_GOAL := test
 
 tools: host-tools
@@ -60,6 +60,10 @@ install-service: $(STAMP)
 	ln -sf $(abspath $(BIN))/vmfleece $(DESTDIR)/usr/bin/vmfleece
 	[ -n "$(DESTDIR)" ] || systemd-sysusers vmfleece.conf
 	[ -n "$(DESTDIR)" ] || systemd-tmpfiles --create vmfleece.conf
+
+# Manual pages, from what --help and the configuration's schema are made from.
+man: $(STAMP)
+	$(BIN)/python -m orchestrator.cli.manual man
 
 clean:
 	rm -rf $(VENV) .cache

@@ -45,7 +45,7 @@ def show(path: Path, as_json: bool) -> int:
         rows = [{"key": each.key, "value": each.value, "origin": each.origin} for each in settings]
         _print_json({"settings": rows})
         return EXIT_OK
-    shown = [f"{each.key} = {_as_toml(each.value)}" for each in settings]
+    shown = [f"{each.key} = {as_toml(each.value)}" for each in settings]
     width = max(map(len, shown))
     for text, setting in zip(shown, settings, strict=True):
         line = Text(text.ljust(width))
@@ -64,15 +64,16 @@ def _count(noun: str, named: dict[str, Any]) -> str:
     return f"{len(named)} {noun}{'' if len(named) == 1 else 's'}"
 
 
-def _as_toml(value: Any) -> str:
+def as_toml(value: Any) -> str:
+    """A setting as it is written in the file."""
     match value:
         case None:
             return "(not set)"
         case dict():
-            pairs = (f"{key} = {_as_toml(each)}" for key, each in value.items())
+            pairs = (f"{key} = {as_toml(each)}" for key, each in value.items())
             return f"{{{', '.join(pairs)}}}"
         case list():
-            return f"[{', '.join(map(_as_toml, value))}]"
+            return f"[{', '.join(map(as_toml, value))}]"
         case _:
             return json.dumps(value, ensure_ascii=False)
 

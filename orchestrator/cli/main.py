@@ -17,6 +17,7 @@ import uvloop
 
 from orchestrator import __version__, aio, config, log
 from orchestrator.cli import backup, cleanup, daemon, export, prune, snapshot, status, target, verify, vm
+from orchestrator.cli import completion as completion_command
 from orchestrator.cli import config as config_command
 from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, VmfleeceError
 from orchestrator.model import Consistency
@@ -62,7 +63,7 @@ THREADS = 32
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     os.umask(0o077)  # what we write holds disks of VMs
     try:
         code = _run(arguments)
@@ -89,6 +90,8 @@ def _output_was_read() -> bool:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.command == "completion":
+        return completion_command.completion(make_parser(), arguments)
     path = arguments.config or config.default_path()
     if arguments.command == "config":
         return _config(arguments, path)
@@ -168,7 +171,8 @@ def _print_error(error: VmfleeceError, *, as_json: bool) -> None:
         print(f"  {error.hint}", file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """All commands and options; `--help`, the completion scripts and vmfleece(1) are made from it."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--config",
@@ -241,6 +245,14 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--reclaim", action="store_true", help="then have restic free what repositories do not need any more"
     )
+    one = commands.add_parser(
+        "completion",
+        help="print what makes a shell complete commands, options and names",
+        description="Print the script by which a shell completes commands, options, and names as configured."
+        " bash: into /usr/share/bash-completion/completions/vmfleece; zsh: into a file _vmfleece in a folder of"
+        " $fpath; fish: into /usr/share/fish/vendor_completions.d/vmfleece.fish.",
+    )
+    one.add_argument("shell", choices=completion_command.SHELLS, help="which shell")
     return parser
 
 
@@ -251,7 +263,7 @@ def _add_reading(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     one.add_argument("--target", metavar="T", help="look only on this target")
 
     one = commands.add_parser("verify", parents=parents, help="read snapshots back, and check all hashes")
-    one.add_argument("snapshots", nargs="*", metavar="SNAPSHOT", help="as above; none: all")
+    one.add_argument("snapshots", nargs="*", metavar="SNAPSHOT", help=f"{SNAPSHOT_HELP}; none: all")
     one.add_argument("--target", metavar="T", help="only on one target")
     one.add_argument("--vm", metavar="VM", help="of all, only those of one VM")
     one.add_argument(
@@ -271,57 +283,61 @@ def _share(given: str) -> float:
 def _add_actions(commands: Any, common: argparse.ArgumentParser, reporting: argparse.ArgumentParser) -> None:
     """Commands that are a noun and a verb."""
     group = commands.add_parser("config", help="the configuration").add_subparsers(dest="action", required=True)
-    group.add_parser("check", parents=[common, reporting], help="all errors at once")
+    group.add_parser("check", parents=[common, reporting], help="check it: all errors at once")
     group.add_parser("show", parents=[common, reporting], help="what is in effect, and where it comes from")
-    group.add_parser("schema", parents=[common], help="its JSON schema")
+    group.add_parser("schema", parents=[common], help="the JSON schema of the configuration")
 
     group = commands.add_parser("vm", help="virtual machines").add_subparsers(dest="action", required=True)
-    group.add_parser("list", parents=[common, reporting], help="which can be reached")
-    one = group.add_parser("show", parents=[common, reporting], help="its disks, and what a backup would do")
+    group.add_parser("list", parents=[common, reporting], help="which VMs can be reached")
+    one = group.add_parser("show", parents=[common, reporting], help="a VM's disks, and what a backup would do")
     one.add_argument("vm", metavar="VM")
 
     group = commands.add_parser("job", help="jobs").add_subparsers(dest="action", required=True)
-    group.add_parser("list", parents=[common, reporting], help="when each is due")
-    one = group.add_parser("run", parents=[common, reporting], help="run one now")
+    group.add_parser("list", parents=[common, reporting], help="when each job is due")
+    one = group.add_parser("run", parents=[common, reporting], help="run a job now")
     one.add_argument("job", metavar="JOB")
 
     _add_target_actions(commands, [common, reporting])
 
     group = commands.add_parser("snapshot", help="what is there").add_subparsers(dest="action", required=True)
-    listing = group.add_parser("list", parents=[common, reporting], help="all of them")
+    listing = group.add_parser("list", parents=[common, reporting], help="all snapshots")
     listing.add_argument("--vm", metavar="VM", help="of one VM")
     listing.add_argument("--target", metavar="T", help="on one target")
-    one = group.add_parser("show", parents=[common, reporting], help="one of them")
+    one = group.add_parser("show", parents=[common, reporting], help="one snapshot")
     one.add_argument("snapshot", metavar="SNAPSHOT", help="an id, VM@latest or VM@2026-11-22T02:30")
     one.add_argument("--target", metavar="T", help="look only on this target")
-    one = group.add_parser("protect", parents=[common, reporting], help="keep one, whatever retention says")
+    one = group.add_parser("protect", parents=[common, reporting], help="keep a snapshot, whatever retention says")
     one.add_argument("snapshot", metavar="SNAPSHOT", help="an id, VM@latest or VM@2026-11-22T02:30")
     one.add_argument("--off", action="store_true", help="leave it to retention again")
     one.add_argument("--target", metavar="T", help="look only on this target")
-    one = group.add_parser("forget", parents=[common, reporting], help="remove some")
-    one.add_argument("snapshots", nargs="+", metavar="SNAPSHOT", help="as above")
+    one = group.add_parser("forget", parents=[common, reporting], help="remove snapshots")
+    one.add_argument("snapshots", nargs="+", metavar="SNAPSHOT", help=SNAPSHOT_HELP)
     one.add_argument("--target", metavar="T", help="look only on this target")
 
 
 def _add_target_actions(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     group = commands.add_parser("target", help="where backups go").add_subparsers(dest="action", required=True)
-    group.add_parser("list", parents=parents, help="all of them, and what is wrong with any")
+    group.add_parser("list", parents=parents, help="all targets, and what is wrong with any")
     for name, explanation in (
         ("init", "make the repository, or the folder"),
-        ("show", "what is in it, and who works on it"),
+        ("show", "what is in a target, and who works on it"),
         ("check", "have restic check a repository"),
         ("reclaim", "have restic free what no snapshot needs any more"),
     ):
         one = group.add_parser(name, parents=parents, help=explanation)
-        one.add_argument("target", metavar="NAME")
+        one.add_argument("target", metavar="T")
         if name == "check":
             one.add_argument("--read-data", action="store_true", help="read all of it, which takes long")
 
     keys = group.add_parser("key", help="passwords that open a repository")
     keys = keys.add_subparsers(dest="key_action", required=True)
-    for name, explanation in (("list", "all of them"), ("add", "one more"), ("remove", "one less")):
+    for name, explanation in (
+        ("list", "all keys, each with a password"),
+        ("add", "one password more"),
+        ("remove", "one less"),
+    ):
         one = keys.add_parser(name, parents=parents, help=explanation)
-        one.add_argument("target", metavar="NAME")
+        one.add_argument("target", metavar="T")
         if name == "add":
             one.add_argument(
                 "--new-password-file",

@@ -14,7 +14,7 @@
 Nothing is ever ignored: a key that is not known, or whose feature is not there yet, is a problem.
 """
 
-from orchestrator.config.load import default_path, effective, load, parse_fleecing
+from orchestrator.config.load import DEFAULT_PATH, default_path, effective, load, parse_fleecing
 from orchestrator.config.schema import json_schema
 from orchestrator.config.settings import (
     Address,
@@ -31,6 +31,7 @@ from orchestrator.config.settings import (
 from orchestrator.config.values import SMALLEST_QUOTA_BYTES
 
 __all__ = [
+    "DEFAULT_PATH",
     "SMALLEST_QUOTA_BYTES",
     "Address",
     "Config",

@@ -32,10 +32,12 @@ from orchestrator.config.settings import (
 from orchestrator.errors import ConfigError
 from orchestrator.model import Compression, Fleecing, FleecingPolicy, RunOptions, Vm
 
+DEFAULT_PATH = "/etc/vmfleece/vmfleece.toml"
+
 
 def default_path() -> Path:
     """Return where the configuration is if nobody says: $VMFLEECE_CONFIG, or below /etc."""
-    return Path(os.environ.get("VMFLEECE_CONFIG") or "/etc/vmfleece/vmfleece.toml")
+    return Path(os.environ.get("VMFLEECE_CONFIG") or DEFAULT_PATH)
 
 
 def load(path: Path) -> Config:
