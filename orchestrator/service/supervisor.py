@@ -49,7 +49,8 @@ RETRY_SECONDS = 60.0
 SETTLE_SECONDS = 0.5
 """Events come in groups, and our own pauses are shorter."""
 STATES = ("STOP", "RESUME", "SUSPEND", "WAKEUP")
-NEWS = ("SHUTDOWN", "POWERDOWN", "RESET", "GUEST_PANICKED", "DEVICE_DELETED", "MIGRATION")
+GUEST_NEWS = ("SHUTDOWN", "RESET", "GUEST_PANICKED")
+NEWS = (*GUEST_NEWS, "POWERDOWN", "DEVICE_DELETED", "MIGRATION")
 
 
 class Supervisor:
@@ -193,19 +194,22 @@ class Supervisor:
         try:
             done = await self._reconciler.put_guests_right(vm)
             done += await self._reconciler.put_vm_right(vm, path)
+            return all(one.error is None for one in done) and not await self._reconciler.owes(vm)
         except VmfleeceError as error:
             log.warning("reconcile.failed", error=str(error))
             return False
         except Exception:  # it must not end the service
             log.exception("vm.bug")
             return False
-        return all(one.error is None for one in done) and not await self._reconciler.owes(vm)
 
     async def _until_a_run_left_something(self) -> None:
         while True:
             self._returned.clear()
             await self._returned.wait()
-            if not self._borrowers and await self._reconciler.owes(self._vm.name):
+            try:
+                if not self._borrowers and await self._reconciler.owes(self._vm.name):
+                    return
+            except VmfleeceError:  # it cannot be said: who puts right says why
                 return
 
     # --- news ---
@@ -217,8 +221,7 @@ class Supervisor:
                 await self._look(monitor)
                 first = await events.next()
                 await asyncio.sleep(SETTLE_SECONDS)
-                for event in (first, *events.received()):
-                    _log_news(event)
+                _log_news([first, *events.received()])
             except CommandTimeout as error:
                 self._say_trouble(error)
                 await asyncio.sleep(RETRY_SECONDS)
@@ -248,10 +251,16 @@ class Supervisor:
         self._trouble = error.code
 
 
-def _log_news(event: Event) -> None:
-    # A device without a name is a part of one that has one.
-    if event.name in NEWS and not (event.name == "DEVICE_DELETED" and "device" not in event.data):
-        log.info("vm.news", name=event.name, data=event.data)
+def _log_news(events: Iterable[Event]) -> None:
+    """What a guest can cause as often as it likes is one line, with how often it came."""
+    lines: dict[object, tuple[Event, int]] = {}
+    for number, event in enumerate(events):
+        if event.name in STATES or (event.name == "DEVICE_DELETED" and "device" not in event.data):
+            continue  # a device without a name is a part of one that has one
+        key = event.name if event.name in GUEST_NEWS else number
+        lines[key] = event, lines.get(key, (event, 0))[1] + 1
+    for event, times in lines.values():
+        log.info("vm.news", name=event.name, data=event.data, times=times)
 
 
 class Supervisors:
