@@ -79,7 +79,16 @@ class Machine:
     """So many were on all its disks when the daemon was started."""
     stalls_seen: int = 0
     errors_seen: int = 0
+    stopped_seconds: float = 0.0
+    """For how long its QEMU was stopped since the guest was looked at, because it was wanted so."""
     durations: list[float] = field(default_factory=list)
+
+    async def is_paused(self) -> bool:
+        return self.guest.alive() and not (await self.guest.execute("query-status"))["running"]
+
+    async def count_records(self) -> int:
+        """So many, of this start of the guest, are on all its disks."""
+        return await self.guest.writes() // len(self.guest.disks) - 2
 
 
 class Bed:
@@ -89,6 +98,10 @@ class Bed:
         self.folder = folder
         self.daemon: Daemon | None = None
         self.machines: list[Machine] = []
+        self.orphans: set[int] = set()
+        """What daemons that were killed had started."""
+        self.damaged = False
+        """Whether the next daemon must find that its journal is."""
         self.disk: FaultyDisk
         self._repository = repository
         self._versions = (version, "10.0" if version == "7.2" else "7.2")
@@ -163,21 +176,36 @@ class Bed:
 
     async def start(self, *, idle: bool = False) -> Daemon:
         """Start the daemon anew; `idle`: no job of its is ever due."""
-        assert self.daemon is None or not self.daemon.alive
+        assert self.daemon_is_dead
         self.host.config.write_text(self._always.replace(ALWAYS, NEVER) if idle else self._always)
         self._lives += 1
         self.daemon = await Daemon.start(self.host.config, self.folder / f"daemon-{self._lives}.log")
         return self.daemon
 
+    @property
+    def daemon_is_dead(self) -> bool:
+        return self.daemon is None or not self.daemon.alive
+
+    async def stop(self) -> None:
+        """SIGTERM to the daemon, which has to end well."""
+        assert self.daemon is not None
+        code = await self.daemon.stop()
+        assert code == 0, f"exit code {code} after SIGTERM: {self.daemon.tail()}"
+
+    async def boot_again(self, machine: Machine) -> None:
+        """Start a guest anew whose QEMU was lost, or is worth nothing any more."""
+        await machine.guest.kill()
+        listed = await self.listed(machine)
+        machine.restarted_after = listed[-1] if listed else None
+        machine.stalls_seen = machine.errors_seen = 0
+        await machine.guest.start()
+        await machine.guest.wait_ready()
+        await machine.guest.wait_writes(100)
+
     async def _end_daemon(self) -> None:
         if self.daemon is not None and self.daemon.alive:
             self.daemon.kill()
             await self.daemon.ended()
-
-    @property
-    def daemon_name(self) -> str:
-        """Where to look for what it said."""
-        return self.daemon.log.name if self.daemon else "no daemon"
 
     @property
     def state(self) -> Path:
