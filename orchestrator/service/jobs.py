@@ -47,6 +47,7 @@ class Jobs:
             vms = dict.fromkeys(job.vms, 0)
         log.info("job.started", job=name, vms=len(vms))
         self._notifiers.job_started(name)
+        await self._engine.enter(partial(self._engine.catalogue.begin_turn, name, vms))
         done = False
         try:
             await hook.job_started()
@@ -56,16 +57,22 @@ class Jobs:
             self._notifiers.job_ended(JobEnd(name, (), stopped=error))
             raise
         finally:
-            await aio.finish(hook.job_ended(aborted=not done))
+            await aio.finish(self._end(name, hook, done=done))
         failed = [result.vm for result in results if result.error is not None]
         log.info("job.finished", job=name, vms=len(results), failed=failed)
         self._notifiers.job_ended(JobEnd(name, results))
         return results
 
+    async def _end(self, name: str, hook: JobHook, *, done: bool) -> None:
+        if (
+            not done and not self._engine.stopping
+        ):  # somebody did not want it: the next start must not go on with it
+            await self._engine.enter(partial(self._engine.catalogue.begin_turn, name, {}))
+        await hook.job_ended(aborted=not done)
+
     async def _run_all(
         self, job: JobSettings, vms: Mapping[str, int], hook: JobHook, on_progress: OnProgress
     ) -> list[RunResult]:
-        await self._engine.enter(partial(self._engine.catalogue.begin_turn, job.name, vms))
         async with asyncio.TaskGroup() as group:
             runs = [group.create_task(self._take_turn(job, vm, hook, on_progress)) for vm in vms]
         results = [run.result() for run in runs]
@@ -75,14 +82,8 @@ class Jobs:
         return results
 
     async def _take_turn(self, job: JobSettings, vm: str, hook: JobHook, on_progress: OnProgress) -> RunResult:
-        done = False
-        try:
-            result = await self._with_retries(job, vm, hook, on_progress)
-            done = True
-        finally:
-            if done or not self._engine.stopping:
-                end = partial(self._engine.catalogue.end_turn, job.name, vm)
-                await aio.finish(self._engine.enter(end))
+        result = await self._with_retries(job, vm, hook, on_progress)
+        await aio.finish(self._engine.enter(partial(self._engine.catalogue.end_turn, job.name, vm)))
         return result
 
     async def _with_retries(self, job: JobSettings, vm: str, hook: JobHook, on_progress: OnProgress) -> RunResult:

@@ -483,6 +483,7 @@ async def test_a_hook_that_fails_at_the_start_stops_the_job(make: Make, before: 
         with pytest.raises(HookError, match="exit code 1 when it was called as job-start"):
             await one.run_job("nightly")
         assert one.catalogue.results("web01") == []
+        assert one.catalogue.unfinished("nightly") == {}
     assert calls(world) == ["job-init", "job-start", "job-abort"]
     assert [path for path, _ in server.got] == ["/check/start", "/check/fail"]
     await world.assert_nothing_is_left(before)

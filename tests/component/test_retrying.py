@@ -124,6 +124,25 @@ async def test_the_next_start_goes_on_with_what_is_cancelled_because_vmfleece_en
     await world.assert_nothing_is_left(before)
 
 
+@pytest.mark.parametrize("stopping", [True, False])
+async def test_a_job_whose_hook_has_not_let_it_begin_yet_is_gone_on_with_as_well(
+    make: Make, stopping: bool
+) -> None:
+    world = make(disks={"vda": SIZE})
+    hook = world.folder / "hook"
+    hook.write_text('#!/bin/sh\n[ "$1" != job-start ] || { touch "$0.called"; sleep 600; }\n')
+    hook.chmod(0o700)
+    async with opened(world, more=f'hook = "{hook}"') as one:
+        job = asyncio.ensure_future(one.run_job("nightly"))
+        await settled(hook.with_name("hook.called").exists)
+        if stopping:
+            one.stop()
+        job.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await job
+        assert one.catalogue.unfinished("nightly") == ({"web01": 0} if stopping else {})
+
+
 async def test_stopping_ends_what_was_asked_for_and_lets_nothing_begin(make: Make, before: list[str]) -> None:
     world = make(disks={"vda": SIZE})
     world.qemu.automatic = False
