@@ -70,6 +70,16 @@ class Pauser:
             await go_on(self._monitor, self._cut_off)
             await self._is_good(self._cut_off)
 
+    async def go_on_unless_known(self) -> None:
+        """Continue the paused guest of a QEMU with leftovers of ours, if the journal that would know why is lost.
+
+        Raises MonitorError.
+        """
+        status = (await self._monitor.execute(commands.QUERY_STATUS))["status"]
+        if self._journal.lost and status == "paused":
+            await self._monitor.execute(commands.CONT)
+            log.warning("guest.continued")
+
     def _promise(self) -> Promise:
         subject = f"{self._monitor.process} {self._path}"
         return Promise(self._journal, Act.PAUSE, self._vm, self._run, subject)

@@ -118,6 +118,8 @@ async def settle_leftovers(
             )
         left = [job["id"] for job in await monitor.execute(commands.QUERY_JOBS)]
         log.warning("leftovers.found", of_run=run, jobs=[job for job in left if job.startswith(run_prefix(run))])
+        if pauser is not None:
+            await pauser.go_on_unless_known()
         try:
             await graph.dismantle(monitor, run_prefix(run), pauser)
         except BaseException:

@@ -71,6 +71,8 @@ class Journal:
         lost = "what a killed vmfleece left is then not put right by itself"
         self._database = Database(self._path, SCHEMA, version=VERSION, lost=lost, stays_open=False)
         self._turn = threading.Lock()
+        self.lost = False
+        """Whether this process found it damaged, and could read nothing of it."""
 
     def intend(self, act: Act, *, vm: str, run: str, subject: str) -> Intent:
         """Enter what is about to be done."""
@@ -109,9 +111,9 @@ class Journal:
             connection.executemany(
                 "INSERT INTO intents (id, act, vm, run, subject) VALUES (?, ?, ?, ?, ?)", kept or []
             )
-        log.error(
-            "journal.damaged", path=str(aside), kept=None if kept is None else len(kept), error=error.message
-        )
+        self.lost = kept is None
+        count = None if kept is None else len(kept)
+        log.error("journal.damaged", path=str(aside), kept=count, error=error.message)
 
     def _legible(self) -> list[Row] | None:
         """The entries of a damaged file; None if they are what is damaged."""

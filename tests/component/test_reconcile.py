@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.fleecing.bitmaps import name_of
+from orchestrator.fleecing.names import DiskNames
 from orchestrator.run.reconcile import Act
 from orchestrator.service.engine import Engine
 from orchestrator.state import journal
@@ -135,3 +136,20 @@ async def test_what_dead_writers_left_on_a_target_is_cleared(make: Make, tmp_pat
     assert not left.exists()
     assert list((tmp_path / "backup" / "db01").iterdir()) != []  # its writer lives
     await draft.abort()
+
+
+@pytest.mark.parametrize("damaged", [False, True], ids=["whole", "damaged"])
+async def test_a_paused_guest_with_leftovers_goes_on_only_if_the_journal_is_lost(
+    make: Make, *, damaged: bool
+) -> None:
+    world = make(disks={"vda": MIB}, discard_source=False)
+    async with opened(world, recover=False) as one:
+        one.catalogue.begin(OTHER_RUN, "web01", None, datetime.now(UTC))
+    world.qemu.user("blockdev-add", **{"driver": "null-co", "node-name": DiskNames(OTHER_RUN, 0).image})
+    world.qemu.user("stop")
+    if damaged:
+        (world.folder / "state" / "journal.sqlite").write_bytes(b"no database")
+    async with opened(world, recover=False) as one:
+        repaired = await one.reconciler.put_right()
+        assert [done.error for done in repaired] == [None] * len(repaired)
+    assert world.qemu.running is damaged
