@@ -44,6 +44,7 @@ def test_entries_outlive_a_damaged_end(path: Path, intents: list[Intent], how: D
     assert again.open() == intents
     new = again.intend(Act.FREEZE, vm="web03", run="9c0d1e2f", subject="/run/web03.qga")
     assert again.open() == [*intents, new]
+    assert not again.lost
     again.settled(intents[0])
     assert Journal(path.parent).open() == [intents[1], new]
 
@@ -73,6 +74,7 @@ def test_a_journal_that_cannot_be_read_at_all_is_begun_anew(
         path.write_bytes(content)
     journal = Journal(path.parent)
     assert journal.open() == []
+    assert journal.lost
     (line,) = logged
     assert (line["event"], line["kept"]) == ("journal.damaged", None)
     new = journal.intend(Act.PAUSE, vm="web01", run="9c0d1e2f", subject="1:2 /run/web01.qmp")
