@@ -2,90 +2,113 @@
 
 import argparse
 from collections.abc import Callable, Coroutine, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
+from pydantic import BaseModel
 from rich.table import Table
 
-from orchestrator import aio, schedule
+from orchestrator import aio
 from orchestrator.cli import render
-from orchestrator.cli.choose import checked_target
 from orchestrator.cli.progress import Display, result_lines
-from orchestrator.config import Config, parse_fleecing
-from orchestrator.config.select import matching
-from orchestrator.errors import (
-    EXIT_FAILED,
-    EXIT_OK,
-    EXIT_SOME_FAILED,
-    ConfigError,
-)
-from orchestrator.model import Consistency, Fleecing, FleecingPolicy, Progress, RunOptions, RunResult
-from orchestrator.service import engine
-from orchestrator.units import parse_rate
+from orchestrator.config import Config
+from orchestrator.errors import EXIT_FAILED, EXIT_OK, EXIT_SOME_FAILED, ConfigError, StateError
+from orchestrator.model import Consistency, Progress, RunResult
+from orchestrator.service import client, desk, engine, following, orders
+from orchestrator.service.documents import Request
+from orchestrator.service.orders import BackupOrder
+
+OnProgress = Callable[[Progress], None]
+RunAll = Callable[[OnProgress], Coroutine[Any, Any, Sequence[RunResult]]]
 
 
 async def backup(config: Config, arguments: argparse.Namespace) -> int:
     """Back up VMs now, side by side as far as admission allows."""
-    vms = _chosen(config, arguments.vms)
-    options = _options(config, arguments)
-    without = [vm for vm in vms if config.vm[vm].agent is None]
-    if options.consistency is Consistency.FREEZE and without:
-        raise ConfigError(
-            f"--consistency freeze needs a guest agent, and there is none of {', '.join(without)}",
-            hint="set vm.NAME.agent, or leave --consistency out",
-        )
+    order = BackupOrder(
+        vms=arguments.vms,
+        target=arguments.target,
+        fleecing=arguments.fleecing,
+        bwlimit=arguments.bwlimit,
+        consistency=Consistency(arguments.consistency),
+        full=arguments.full,
+    )
+    wanted = orders.resolve(order, config)
+    if await client.daemon_serves(config.daemon.run_dir):
+        return await _by_the_daemon(config, arguments, "/runs", order)
+    _must_follow(arguments)
     async with engine.opened(config) as opened:
 
-        async def run_all(on_progress: Callable[[Progress], None]) -> list[RunResult]:
-            return await aio.all_or_first_error(opened.back_up(vm, options, on_progress=on_progress) for vm in vms)
+        async def run_all(on_progress: OnProgress) -> list[RunResult]:
+            return await aio.all_or_first_error(
+                opened.back_up(vm, wanted.options, on_progress=on_progress) for vm in wanted.vms
+            )
 
         return await _report(run_all, as_json=arguments.json)
 
 
 async def run_job(config: Config, arguments: argparse.Namespace) -> int:
     """Run a configured job now."""
-    if arguments.job not in config.job:
-        raise ConfigError(
-            f"no job {arguments.job!r} in {config.path}", hint=f"there are: {', '.join(config.job) or 'none'}"
-        )
+    job = orders.job_named(config, arguments.job)
+    if await client.daemon_serves(config.daemon.run_dir):
+        return await _by_the_daemon(config, arguments, f"/jobs/{job}/run", None)
+    _must_follow(arguments)
     async with engine.opened(config) as opened:
 
-        async def run_all(on_progress: Callable[[Progress], None]) -> list[RunResult]:
-            return await opened.run_job(arguments.job, on_progress=on_progress)
+        async def run_all(on_progress: OnProgress) -> list[RunResult]:
+            return await opened.run_job(job, on_progress=on_progress)
 
         return await _report(run_all, as_json=arguments.json)
 
 
 async def list_jobs(config: Config, arguments: argparse.Namespace) -> int:
     """The configured jobs and when each is due next."""
-    now = datetime.now(UTC)
-    rows: list[dict[str, Any]] = []
-    for job in config.job.values():
-        due = schedule.next_due(job.schedule, now) if job.schedule else None
-        rows.append(
-            {
-                "job": job.name,
-                "schedule": job.schedule,
-                "next_due": due.isoformat() if due else None,
-                "target": job.options.target,
-                "vms": list(job.vms),
-            }
-        )
+    found = desk.jobs(config)
     if arguments.json:
-        render.print_json({"jobs": rows})
+        render.print_document(found)
         return EXIT_OK
     table = Table("JOB", "NEXT DUE", "SCHEDULE", "TARGET", "VMS", box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(
-            row["job"], row["next_due"] or "-", row["schedule"] or "-", row["target"], ", ".join(row["vms"])
-        )
+    for job in found.jobs:
+        table.add_row(job.job, job.next_due or "-", job.schedule or "-", job.target, ", ".join(job.vms))
     render.print_table(table)
     return EXIT_OK
 
 
-async def _report(
-    run_all: Callable[[Callable[[Progress], None]], Coroutine[Any, Any, list[RunResult]]], *, as_json: bool
-) -> int:
+async def _by_the_daemon(config: Config, arguments: argparse.Namespace, route: str, body: BaseModel | None) -> int:
+    run_dir = config.daemon.run_dir
+    if arguments.detach:
+        _print_begun(await following.begin(run_dir, route, body), as_json=arguments.json)
+        return EXIT_OK
+
+    async def run_all(on_progress: OnProgress) -> Sequence[RunResult]:
+        request = await following.carried_out(run_dir, route, body, on_progress)
+        if request.error is not None:
+            hint = request.error.hint or "somebody else has cancelled it, or the daemon was told to stop"
+            raise StateError(request.error.message, hint=hint, code=request.error.code)
+        return request.results
+
+    return await _report(run_all, as_json=arguments.json)
+
+
+def _must_follow(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError if it was asked to go on after this command: only the daemon can."""
+    if arguments.detach:
+        raise ConfigError(
+            "--detach needs the daemon, and it does not run",
+            hint="the backup would end with this command: start the daemon, or leave it out",
+        )
+
+
+def _print_begun(request: Request, *, as_json: bool) -> None:
+    if as_json:
+        runs = [{"vm": one.vm, "run": one.run} for one in request.runs]
+        render.print_json({"request": request.request, "vms": list(request.vms), "runs": runs})
+        return
+    for one in request.runs:
+        render.print_line(f"{one.vm}: run {one.run} has begun; `vmfleece run show {one.run}` says how far it is")
+    if not request.runs:
+        render.print_line(f"begun, for {', '.join(request.vms)}; `vmfleece status` says how far it is")
+
+
+async def _report(run_all: RunAll, *, as_json: bool) -> int:
     if as_json:
         results = await run_all(lambda _progress: None)
         render.print_json({"runs": [result.as_json() for result in results]})
@@ -93,61 +116,8 @@ async def _report(
         with Display() as display:
             results = await run_all(display.update)
         for result in results:
-            for line in result_lines(result):
-                render.print_line(line)
-            if result.error is not None:
-                render.complain(f"{result.vm}: {result.error.message}", result.error.hint)
-            for warning in result.warnings:
-                render.complain(f"{result.vm}: warning: {warning}")
+            render.print_result(result_lines(result), result)
     failed = sum(result.error is not None for result in results)
     if not failed:
         return EXIT_OK
     return EXIT_FAILED if failed == len(results) else EXIT_SOME_FAILED
-
-
-def _chosen(config: Config, wanted: Sequence[str]) -> list[str]:
-    """The configured VMs that were meant. Raises ConfigError if a name or pattern means none."""
-    chosen: dict[str, None] = {}
-    for pattern in wanted:
-        found = matching([pattern], config.vm)
-        if not found:
-            raise ConfigError(
-                f"no VM {pattern!r} in {config.path}", hint=f"there are: {', '.join(config.vm) or 'none'}"
-            )
-        chosen |= dict.fromkeys(found)
-    return list(chosen)
-
-
-def _options(config: Config, arguments: argparse.Namespace) -> RunOptions:
-    if arguments.detach:
-        raise ConfigError("--detach: not available yet", hint="the run would end with this command; leave it out")
-    fleecing = Fleecing(policy=FleecingPolicy.PREFER)
-    if arguments.fleecing is not None:
-        fleecing = parse_fleecing(arguments.fleecing)
-        if fleecing.storage is not None and fleecing.storage not in config.storage:
-            raise ConfigError(
-                f"--fleecing {arguments.fleecing}: no storage {fleecing.storage!r} in {config.path}",
-                hint=f"there are: {', '.join(config.storage) or 'none'}",
-            )
-    try:
-        bwlimit = parse_rate(arguments.bwlimit) if arguments.bwlimit is not None else 0
-    except ValueError as error:
-        raise ConfigError(f"--bwlimit {arguments.bwlimit}: {error}") from error
-    return RunOptions(
-        _target(config, arguments.target),
-        fleecing,
-        consistency=Consistency(arguments.consistency),
-        bwlimit_bytes_per_second=bwlimit,
-        full=arguments.full,
-    )
-
-
-def _target(config: Config, name: str | None) -> str:
-    if name is not None:
-        return checked_target(config, name)
-    if len(config.target) != 1:
-        raise ConfigError(
-            "which target? Give --target T",
-            hint=f"there are: {', '.join(config.target) or 'none: add a [target.NAME]'}",
-        )
-    return next(iter(config.target))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from orchestrator.cli import render
 from orchestrator.config import Config
 from orchestrator.errors import ConfigError, TargetError, VmfleeceError
-from orchestrator.service import engine
+from orchestrator.service import engine, orders
 from orchestrator.target.base import Snapshot, Target, find
 
 
@@ -23,20 +23,11 @@ class Listed:
 
 
 def checked_targets(config: Config, name: str | None) -> dict[str, Target]:
-    """All targets by name, or only the one that is named. Raises ConfigError as `checked_target`."""
+    """All targets by name, or only the one that is named. Raises UnknownName."""
     targets = engine.targets(config)
     if name is None:
         return targets
-    return {name: targets[checked_target(config, name)]}
-
-
-def checked_target(config: Config, name: str) -> str:
-    """The name, if there is such a target. Raises ConfigError that names those there are."""
-    if name not in config.target:
-        raise ConfigError(
-            f"no target {name!r} in {config.path}", hint=f"there are: {', '.join(config.target) or 'none'}"
-        )
-    return name
+    return {name: targets[orders.target_named(config, name)]}
 
 
 async def list_all(targets: Mapping[str, Target], vm: str | None = None) -> Listed:

@@ -1,7 +1,6 @@
 """`vmfleece cleanup`: what dead runs have left anywhere, and putting it right."""
 
 import argparse
-from typing import Any
 
 from rich.table import Table
 
@@ -9,48 +8,47 @@ from orchestrator.cli import render
 from orchestrator.config import Config
 from orchestrator.errors import EXIT_FAILED, EXIT_OK, EXIT_SOME_FAILED
 from orchestrator.run.reconcile import Act
-from orchestrator.service import engine
-from orchestrator.service.reconciler import Repaired
+from orchestrator.service import client, desk, engine
+from orchestrator.service.api.base import CleanupOrder
+from orchestrator.service.documents import Cleanup
+
+DEADLINE_SECONDS = 600.0
+"""VMs that are silent take their time."""
 
 
 async def cleanup(config: Config, arguments: argparse.Namespace) -> int:
-    """Do it, or in a dry run say what would be done. Raises StateError: a daemon does it by itself."""
-    async with engine.opened(config, recover=False) as opened:
-        if arguments.dry_run:
-            repaired = [Repaired(repair) for repair in await opened.reconciler.plan()]
-        else:
-            repaired = await opened.reconciler.put_right()
+    """Do it, or in a dry run say what would be done: the daemon, if one runs."""
+    found = await _found(config, dry_run=arguments.dry_run)
     if arguments.json:
-        render.print_json({"dry_run": arguments.dry_run, "repairs": [_document(one) for one in repaired]})
+        render.print_document(found)
     else:
-        _print(repaired)
-    todo = [one for one in repaired if one.repair.act is not Act.NOTHING]
+        _print(found)
+    todo = [one for one in found.repairs if one.act != Act.NOTHING]
     failed = sum(one.error is not None for one in todo)
     if not failed:
         return EXIT_OK
     return EXIT_FAILED if failed == len(todo) else EXIT_SOME_FAILED
 
 
-def _print(repaired: list[Repaired]) -> None:
-    if not repaired:
+async def _found(config: Config, *, dry_run: bool) -> Cleanup:
+    run_dir = config.daemon.run_dir
+    if await client.daemon_serves(run_dir):
+        order = CleanupOrder(dry_run=dry_run)
+        done = await client.ask(
+            run_dir, "/cleanup", Cleanup, method="POST", body=order, deadline_seconds=DEADLINE_SECONDS
+        )
+        if done is not None:
+            return done
+    async with engine.opened(config, recover=False) as opened:
+        return await desk.clean_up(opened.reconciler, dry_run=dry_run)
+
+
+def _print(found: Cleanup) -> None:
+    if not found.repairs:
         render.print_line("nothing is left of dead runs")
         return
     table = Table("WHAT", "VM", "RUN OR TARGET", "WHY", "", box=None, pad_edge=False)
-    for one in repaired:
-        repair = one.repair
-        outcome = (
-            "left alone" if repair.act is Act.NOTHING else f"failed: {one.error.message}" if one.error else ""
-        )
-        table.add_row(repair.act, repair.vm or "-", repair.subject, repair.reason, outcome)
+    for one in found.repairs:
+        outcome = "left alone" if one.act == Act.NOTHING else f"failed: {one.error.message}" if one.error else ""
+        table.add_row(one.act, one.vm or "-", one.subject, one.reason, outcome)
     render.print_table(table)
-
-
-def _document(one: Repaired) -> dict[str, Any]:
-    repair = one.repair
-    return {
-        "act": repair.act,
-        "vm": repair.vm or None,
-        "subject": repair.subject,
-        "reason": repair.reason,
-        "error": render.error_json(one.error) if one.error else None,
-    }

@@ -16,15 +16,16 @@ from typing import Any, NoReturn
 import uvloop
 
 from orchestrator import __version__, aio, config, log
-from orchestrator.cli import backup, cleanup, daemon, export, prune, snapshot, status, target, verify, vm
+from orchestrator.cli import backup, cleanup, daemon, export, prune, run, snapshot, status, target, verify, vm
 from orchestrator.cli import completion as completion_command
 from orchestrator.cli import config as config_command
 from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, VmfleeceError
 from orchestrator.model import Consistency
+from orchestrator.service.documents import RunState
 
 Command = Callable[[config.Config, argparse.Namespace], Coroutine[Any, Any, int]]
 
-QUIET = {"backup": "critical", "job": "critical", "status": "critical"}
+QUIET = {"backup": "critical", "job": "critical", "run": "critical", "status": "critical"}
 """Their output says it all; other commands show warnings, such as of an unreadable snapshot."""
 
 COMMANDS: dict[tuple[str, ...], Command] = {
@@ -35,6 +36,9 @@ COMMANDS: dict[tuple[str, ...], Command] = {
     ("job", "list"): backup.list_jobs,
     ("job", "run"): backup.run_job,
     ("status",): status.status,
+    ("run", "list"): run.list_runs,
+    ("run", "show"): run.show,
+    ("run", "cancel"): run.cancel,
     ("snapshot", "list"): snapshot.list_snapshots,
     ("snapshot", "show"): snapshot.show,
     ("snapshot", "protect"): snapshot.protect,
@@ -56,6 +60,8 @@ COMMANDS: dict[tuple[str, ...], Command] = {
 """By their words; but `config`, which works without a configuration that is fine."""
 
 SNAPSHOT_HELP = "an id, VM@latest, VM@2026-11-22T02:30, or restic's id"
+STATE_HELP = "such as copying, queued, failed"
+DETACH_HELP = "have the daemon do it, and return at once"
 OPEN_FILES = 65536
 THREADS = 32
 """Blocking work (fsync, hashing) of several runs side by side."""
@@ -208,7 +214,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="freeze: have the guest agent freeze its file systems (default: pause)",
     )
     one.add_argument("--full", action="store_true", help="copy everything, whatever is there already")
-    one.add_argument("--detach", action="store_true", help="return at once (not available yet)")
+    one.add_argument("--detach", action="store_true", help=DETACH_HELP)
 
     _add_reading(commands, [common, reporting])
     back = commands.add_parser(
@@ -271,6 +277,14 @@ def _add_reading(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     )
 
 
+def _count(given: str) -> int:
+    """A number from 1 to 1000."""
+    with contextlib.suppress(ValueError):
+        if 1 <= int(given) <= 1000:
+            return int(given)
+    raise argparse.ArgumentTypeError(f"{given!r} is no number from 1 to 1000")
+
+
 def _share(given: str) -> float:
     """A share from above 0% to 100%, as a number up to 1."""
     with contextlib.suppress(ValueError):
@@ -296,6 +310,17 @@ def _add_actions(commands: Any, common: argparse.ArgumentParser, reporting: argp
     group.add_parser("list", parents=[common, reporting], help="when each job is due")
     one = group.add_parser("run", parents=[common, reporting], help="run a job now")
     one.add_argument("job", metavar="JOB")
+    one.add_argument("--detach", action="store_true", help=DETACH_HELP)
+
+    group = commands.add_parser("run", help="runs, now and before").add_subparsers(dest="action", required=True)
+    one = group.add_parser("list", parents=[common, reporting], help="the latest first")
+    one.add_argument("--vm", metavar="VM", help="of one VM")
+    one.add_argument("--job", metavar="JOB", help="of one job")
+    one.add_argument("--state", choices=[state.value for state in RunState], metavar="STATE", help=STATE_HELP)
+    one.add_argument("--limit", type=_count, default=100, metavar="N", help="default: 100")
+    for name, explanation in (("show", "one of them"), ("cancel", "end one; it puts its VM right by itself")):
+        one = group.add_parser(name, parents=[common, reporting], help=explanation)
+        one.add_argument("run", metavar="RUN")
 
     _add_target_actions(commands, [common, reporting])
 

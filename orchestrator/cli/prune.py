@@ -9,13 +9,13 @@ from typing import Any
 from rich.table import Table
 
 from orchestrator.cli import render
-from orchestrator.cli.choose import checked_target
 from orchestrator.cli.target import restic_lines
 from orchestrator.config import Config, TargetDriver
 from orchestrator.errors import EXIT_FAILED, EXIT_OK, ConfigError, StateError, VmfleeceError
 from orchestrator.run.prune import Pruned
 from orchestrator.run.prune import prune as prune_vm
 from orchestrator.service import engine
+from orchestrator.service.orders import target_named
 from orchestrator.state import lock
 from orchestrator.target.repository import upkeep
 from orchestrator.units import format_size
@@ -66,7 +66,7 @@ async def _reclaim(config: Config, arguments: argparse.Namespace, targets: Itera
 def _wanted(config: Config, arguments: argparse.Namespace) -> list[tuple[str, str]]:
     """Targets and VMs of jobs that say what is kept. Raises ConfigError if a name, or all of them, mean none."""
     if arguments.target is not None:
-        checked_target(config, arguments.target)
+        target_named(config, arguments.target)
     for what, name, there_are in (("VM", arguments.vm, config.vm), ("job", arguments.job, config.job)):
         if name is not None and name not in there_are:
             raise ConfigError(

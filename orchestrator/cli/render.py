@@ -2,12 +2,15 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from typing import Any
 
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
 from orchestrator.errors import VmfleeceError
+from orchestrator.model import RunResult
 
 WIDE = 200
 """Columns where standard output is no terminal: nothing is cut or wrapped for a program."""
@@ -21,6 +24,21 @@ def console() -> Console:
 def print_json(document: Any) -> None:
     """One JSON document."""
     print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def print_document(document: object) -> None:
+    """One document of the API's, as the API gives it."""
+    print_json(TypeAdapter(type(document)).dump_python(document, mode="json"))
+
+
+def print_result(lines: Iterable[str], result: RunResult) -> None:
+    """How a run ended, and what is wrong with that."""
+    for line in lines:
+        print_line(line)
+    if result.error is not None:
+        complain(f"{result.vm}: {result.error.message}", result.error.hint)
+    for warning in result.warnings:
+        complain(f"{result.vm}: warning: {warning}")
 
 
 def print_table(table: Table) -> None:

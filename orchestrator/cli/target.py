@@ -11,12 +11,11 @@ from typing import Any
 from rich.table import Table
 
 from orchestrator.cli import render
-from orchestrator.cli.choose import checked_target
 from orchestrator.config import Config, TargetDriver, TargetSettings
 from orchestrator.errors import EXIT_FAILED, EXIT_OK, EXIT_SOME_FAILED, TargetError
-from orchestrator.service import engine
+from orchestrator.service import engine, targets
+from orchestrator.service.orders import target_named
 from orchestrator.target import durable
-from orchestrator.target.base import Target
 from orchestrator.target.images.errors import explained
 from orchestrator.target.repository import upkeep
 from orchestrator.target.repository.password import password_path, read_password
@@ -60,45 +59,25 @@ def _make_folder(name: str, path: Path) -> None:
 
 async def list_targets(config: Config, arguments: argparse.Namespace) -> int:
     """All targets, and what is wrong with those that cannot be used."""
-    targets = engine.targets(config)
-    rows = [await _row(settings, targets[name]) for name, settings in config.target.items()]
+    found = await targets.summaries(config, engine.targets(config))
     if arguments.json:
-        render.print_json({"targets": rows})
+        render.print_document(found)
     else:
         table = Table("TARGET", "DRIVER", "SNAPSHOTS", "PLACE", "", box=None, pad_edge=False)
-        for row in rows:
-            problem = row["error"]["message"] if row["error"] else ""
-            count = "-" if row["snapshots"] is None else str(row["snapshots"])
-            table.add_row(row["target"], row["driver"], count, row["place"], problem)
+        for one in found.targets:
+            count = "-" if one.snapshots is None else str(one.snapshots)
+            table.add_row(one.target, one.driver, count, one.place, one.error.message if one.error else "")
         render.print_table(table)
-    failed = sum(row["error"] is not None for row in rows)
+    failed = sum(one.error is not None for one in found.targets)
     if not failed:
         return EXIT_OK
-    return EXIT_FAILED if failed == len(rows) else EXIT_SOME_FAILED
-
-
-async def _row(settings: TargetSettings, target: Target) -> dict[str, Any]:
-    row = {"target": settings.name, "driver": settings.driver, "place": settings.place}
-    try:
-        return row | {"snapshots": await _count(settings, target), "error": None}
-    except TargetError as error:
-        return row | {"snapshots": None, "error": render.error_json(error)}
-
-
-async def _count(settings: TargetSettings, target: Target) -> int:
-    if settings.driver is TargetDriver.IMAGES and not await asyncio.to_thread(Path(settings.place).is_dir):
-        raise TargetError(
-            f"there is no folder {settings.place}",
-            hint="the first backup makes it; or should something be mounted there?",
-            code="no-folder",
-        )
-    return len(await target.snapshots())
+    return EXIT_FAILED if failed == len(found.targets) else EXIT_SOME_FAILED
 
 
 async def show(config: Config, arguments: argparse.Namespace) -> int:
     """One target; of a repository also its keys, packs and locks."""
     settings = _settings(config, arguments)
-    count = await _count(settings, engine.targets(config)[settings.name])
+    count = await targets.count(settings, engine.targets(config)[settings.name])
     document: dict[str, Any] = {"target": settings.name, "driver": settings.driver, "place": settings.place}
     document["snapshots"] = count
     if settings.driver is TargetDriver.IMAGES:
@@ -220,7 +199,7 @@ def restic_lines(arguments: argparse.Namespace) -> Callable[[str], None]:
 
 
 def _settings(config: Config, arguments: argparse.Namespace) -> TargetSettings:
-    return config.target[checked_target(config, arguments.target)]
+    return config.target[target_named(config, arguments.target)]
 
 
 def _repository(config: Config, arguments: argparse.Namespace) -> TargetSettings:

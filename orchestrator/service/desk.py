@@ -1,7 +1,7 @@
 """What the API is answered: the engine's side of its contract, `api.base`."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from orchestrator.service.documents import (
     Vms,
 )
 from orchestrator.service.orders import BackupOrder
-from orchestrator.service.reconciler import Repaired
+from orchestrator.service.reconciler import Reconciler, Repaired
 from orchestrator.service.status import Status
 
 if TYPE_CHECKING:
@@ -95,6 +95,12 @@ class Desk(Answers):
     def start_job(self, job: str) -> Request:
         self._may_start()
         name = orders.job_named(self._config, job)
+        if self._engine.jobs_under_way[name]:
+            raise RefusedError(
+                f"job {name} is under way already",
+                hint="wait until it has ended: `vmfleece status`",
+                code="job-under-way",
+            )
 
         async def work(on_progress: Callable[[Progress], None]) -> list[RunResult]:
             return await self._engine.run_job(name, on_progress=on_progress)
@@ -108,11 +114,9 @@ class Desk(Answers):
         return self._engine.requests.cancel(request)
 
     async def clean_up(self, order: CleanupOrder) -> Cleanup:
-        reconciler = self._engine.reconciler
-        if order.dry_run:
-            return cleanup((Repaired(repair) for repair in await reconciler.plan()), dry_run=True)
-        self._may_start()
-        return cleanup(await reconciler.put_right(), dry_run=False)
+        if not order.dry_run:
+            self._may_start()
+        return await clean_up(self._engine.reconciler, dry_run=order.dry_run)
 
     def metrics(self) -> bytes:
         return b""
@@ -137,8 +141,12 @@ def jobs(config: Config) -> Jobs:
     return Jobs(tuple(found))
 
 
-def cleanup(repaired: Iterable[Repaired], *, dry_run: bool) -> Cleanup:
-    """What was put right, as a document."""
+async def clean_up(reconciler: Reconciler, *, dry_run: bool) -> Cleanup:
+    """Put right what dead runs have left, or only say what that is."""
+    if dry_run:
+        repaired = [Repaired(repair) for repair in await reconciler.plan()]
+    else:
+        repaired = await reconciler.put_right()
     return Cleanup(
         dry_run,
         tuple(

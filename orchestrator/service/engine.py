@@ -7,6 +7,7 @@ so there is one engine a host, and a VM has one run at a time.
 import asyncio
 import contextlib
 import os
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
@@ -183,6 +184,7 @@ class Engine:
             journal=self._journal,
             connect=self._reach,
         )
+        self.jobs_under_way: Counter[str] = Counter()
         self.feed = Feed()
         self.requests = Requests()
         self._notifiers = Notifiers(config.notify)
@@ -388,7 +390,11 @@ class Engine:
         The catalogue knows which it is not done with; `vms` says how often it was interrupted amid each (see
         `retry.after_restart`). Cancelled, it is done with all, unless that is because vmfleece is `stopping`.
         """
-        return await self._jobs.run(name, vms, on_progress)
+        self.jobs_under_way[name] += 1
+        try:
+            return await self._jobs.run(name, vms, on_progress)
+        finally:
+            self.jobs_under_way[name] -= 1
 
     async def prune(self, target: str, vm: str, *, merge: bool) -> None:
         """Remove what retention does not keep, now that there is a new snapshot. What fails is logged only."""

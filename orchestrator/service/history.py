@@ -13,7 +13,8 @@ from orchestrator.service.status import Status
 from orchestrator.state.catalogue import Catalogue, Entry
 
 _RESULT: TypeAdapter[RunResult] = TypeAdapter(RunResult)
-_OVER = (RunState.SUCCEEDED, RunState.WARNING, RunState.FAILED, RunState.CANCELLED)
+OVER = (RunState.SUCCEEDED, RunState.WARNING, RunState.FAILED, RunState.CANCELLED, RunState.LOST)
+"""How a run can have ended; any other state is one of a run under way."""
 
 
 def runs(catalogue: Catalogue | None, query: RunsQuery, live: Status) -> Runs:
@@ -21,7 +22,7 @@ def runs(catalogue: Catalogue | None, query: RunsQuery, live: Status) -> Runs:
     under_way = list(_under_way(live))
     known = {one.run for one in under_way}
     found = [one for one in under_way if _is_meant(one, query)]
-    if catalogue is not None and (query.state is None or query.state in (*_OVER, RunState.LOST)):
+    if catalogue is not None and (query.state is None or query.state in OVER):
         outcomes = None if query.state is None else [None if query.state is RunState.LOST else query.state.value]
         entries = catalogue.entries(vm=query.vm, job=query.job, outcomes=outcomes, limit=query.limit + len(known))
         found += [_summary(entry) for entry in entries if entry.run not in known]

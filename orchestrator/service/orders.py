@@ -111,7 +111,7 @@ def _target(config: Config, name: str | None) -> str:
         return target_named(config, name)
     if len(config.target) != 1:
         raise ConfigError(
-            "which target? Name one",
+            "which target? Name one: --target T",
             hint=f"there are: {', '.join(config.target) or 'none: add a [target.NAME]'}",
         )
     return next(iter(config.target))

@@ -223,7 +223,7 @@ async def test_the_daemon_stops_while_a_run_is_under_way(
     host = Host(tmp_path, vm, more=JOB.format(bwlimit="256KiB"))
     daemon = await host.command("daemon")
     await until_jobs_run(vm, daemon)
-    locked = await host.run("backup", VM, "--target", "main")
+    locked = await host.run("daemon")
     assert locked.code == 11, locked
     daemon.send_signal(number)
     ended = await said(daemon)

@@ -1,0 +1,223 @@
+"""Commands that have the daemon do it: what they print, and what Ctrl-C does. A fake QEMU, real processes."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+
+from orchestrator.cli.main import main
+from orchestrator.service.engine import Engine
+from orchestrator.state.catalogue import Catalogue
+from tests.component.test_admission import opened
+from tests.component.test_cli import ROOT, Done, command
+from tests.component.world import MIB, World, make_world
+
+SOON_SECONDS = 30.0
+pytestmark = pytest.mark.usefixtures("quick_images")
+
+
+@dataclass
+class Service:
+    """A daemon in a thread of its own, over a fake QEMU."""
+
+    world: World
+    engine: Engine
+    loop: asyncio.AbstractEventLoop
+
+    @property
+    def config(self) -> Path:
+        return self.world.folder / "vmfleece.toml"
+
+    def until(self, is_so: Callable[[], bool]) -> None:
+        give_up = time.monotonic() + SOON_SECONDS
+        while not is_so():
+            assert time.monotonic() < give_up
+            time.sleep(0.02)
+
+    def copying(self) -> bool:
+        return any(run.phase == "copying" for run in self.engine.status().runs)
+
+    def go_on(self) -> None:
+        """Have copies that were held up go on."""
+
+        def advance() -> None:
+            self.world.qemu.automatic = True
+            for job in self.world.qemu.jobs.values():
+                self.world.qemu._advance_soon(job)
+
+        self.loop.call_soon_threadsafe(advance)
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    ready, ended = threading.Event(), threading.Event()
+    found: list[Service] = []
+    with tempfile.TemporaryDirectory(prefix="vmf") as folder:  # a socket's path must be short
+        world = make_world(Path(folder), disks={"vda": 4 * MIB})
+
+        async def serve() -> None:
+            async with opened(world, supervise=True, retries=0) as engine:
+                found.append(Service(world, engine, asyncio.get_running_loop()))
+                ready.set()
+                await asyncio.to_thread(ended.wait)
+
+        thread = threading.Thread(target=asyncio.run, args=(serve(),))
+        thread.start()
+        try:
+            assert ready.wait(SOON_SECONDS)
+            yield found[0]
+        finally:
+            ended.set()
+            thread.join()
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], service: Service) -> Iterator[Run]:
+    """Call the command in this process."""
+
+    def called(*arguments: str) -> Done:
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, "--config", str(service.config)])
+        output = capfd.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Done(arguments, ended.value.code, output.out, output.err)
+
+    umask = os.umask(0o022)
+    yield called
+    os.umask(umask)
+    structlog.reset_defaults()
+
+
+def document(done: Done) -> Any:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_backup_is_made_by_the_daemon_and_looks_as_one_without(run: Run, service: Service) -> None:
+    done = run("backup", "web*", "--fleecing", "enabled=1,storage=local")
+    assert (done.returncode, done.stderr) == (0, "")
+    said = done.stdout.splitlines()
+    assert "web01: snapshotting" in said
+    assert [line for line in said if line.startswith("web01: succeeded: web01/")]
+    (result,) = document(run("backup", "web01", "--fleecing", "enabled=1,storage=local", "--json"))["runs"]
+    assert (result["vm"], result["outcome"], result["kind"]) == ("web01", "succeeded", "incremental")
+    results = service.engine.catalogue.results("web01")
+    assert result == results[-1]  # what a backup without a daemon prints
+
+
+def test_what_the_daemon_refuses_is_refused_as_without_one(run: Run) -> None:
+    done = run("job", "run", "weekly", "--json")
+    assert (done.returncode, json.loads(done.stdout)["error"]["code"]) == (2, "unknown-name")
+    assert run("backup", "web01", "--consistency", "freeze").returncode == 2
+    done = run("vm", "show", "web02", "--json")
+    assert (done.returncode, json.loads(done.stdout)["error"]["code"]) == (2, "unknown-name")
+
+
+def test_a_failed_backup_has_its_exit_code(run: Run, service: Service) -> None:
+    service.world.qemu.kill()
+    done = run("backup", "web01", "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["runs"][0]["error"]["code"] in {"vm-unreachable", "vm-gone"}
+    done = run("job", "run", "nightly")
+    assert (done.returncode, done.stdout.splitlines()[-1].startswith("web01: failed after")) == (1, True)
+
+
+def test_a_detached_backup_goes_on_and_is_shown_and_cancelled(run: Run, service: Service) -> None:
+    service.world.qemu.automatic = False
+    begun = document(run("backup", "web01", "--detach", "--json"))
+    (one,) = begun["runs"]
+    service.until(service.copying)
+    assert f"of web01, since {'2'}" in run("run", "show", one["run"]).stdout
+    (listed,) = document(run("run", "list", "--state", "copying", "--json"))["runs"]
+    assert (listed["run"], listed["vm"]) == (one["run"], "web01")
+    second = document(run("backup", "web01", "--detach", "--json"))["runs"][0]
+    assert "waits for another run of this VM" in run("run", "show", second["run"]).stdout
+    assert document(run("run", "cancel", second["run"], "--json"))["state"] == "cancelled"
+    done = run("run", "cancel", one["run"])
+    assert (done.returncode, done.stdout.splitlines()[0].endswith(": cancelled")) == (0, True)
+    again = run("run", "cancel", one["run"], "--json")
+    assert (again.returncode, json.loads(again.stdout)["error"]["code"]) == (1, "run-over")
+    assert run("run", "show", "0badcafe").returncode == 2
+    table = run("run", "list").stdout
+    assert [line.split()[0] for line in table.splitlines()[1:]] == [second["run"], one["run"]]
+
+
+def test_other_commands_ask_the_daemon_which_holds_the_monitors(run: Run) -> None:
+    assert document(run("vm", "list", "--json"))["vms"][0]["reachable"] is True
+    shown = document(run("vm", "show", "web01", "--json"))
+    assert (shown["status"], shown["disks"][0]["backup"]) == ("running", "full")
+    assert document(run("cleanup", "--json")) == {"dry_run": False, "repairs": []}
+    assert document(run("cleanup", "--dry-run", "--json"))["dry_run"] is True
+    assert document(run("job", "list", "--json"))["jobs"][0]["job"] == "nightly"
+    assert document(run("status", "--json"))["process"] == os.getpid()
+
+
+def start(service: Service, *arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        command(*arguments, "--config", service.config),
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("arguments", [("backup", "web01"), ("job", "run", "nightly")])
+def test_ctrl_c_ends_the_run_in_the_daemon_and_waits_for_it(
+    service: Service, number: signal.Signals, arguments: tuple[str, ...]
+) -> None:
+    service.world.qemu.automatic = False
+    with start(service, *arguments) as process:
+        service.until(service.copying)
+        process.send_signal(number)
+        _, complaints = process.communicate(timeout=SOON_SECONDS)
+    assert process.returncode == 130
+    assert complaints.endswith("vmfleece: interrupted; everything was put back\n")
+    assert service.engine.status().runs == ()
+    assert service.world.qemu.ours() == []
+    (entry,) = service.engine.catalogue.entries(limit=10)
+    assert entry.outcome == "cancelled"
+
+
+def test_a_follower_that_is_killed_leaves_the_run_to_the_daemon(service: Service) -> None:
+    service.world.qemu.automatic = False
+    with start(service, "backup", "web01") as process:
+        service.until(service.copying)
+        process.kill()
+        process.communicate()
+    service.go_on()
+    service.until(lambda: not service.engine.status().runs)
+    (entry,) = service.engine.catalogue.entries(limit=10)
+    assert entry.outcome in {"succeeded", "warning"}
+
+
+def test_history_can_be_read_without_a_daemon(tmp_path: Path, run: Run, service: Service) -> None:
+    made = document(run("backup", "web01", "--json"))["runs"][0]
+    text = service.config.read_text().replace(f"{service.world.folder}/run", f"{tmp_path}/nobody")
+    elsewhere = tmp_path / "vmfleece.toml"
+    elsewhere.write_text(text)
+    done = subprocess.run(
+        command("run", "show", made["run"], "--json", "--config", elsewhere),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    shown = json.loads(done.stdout)
+    assert (shown["state"], shown["result"]["snapshot"]) == (made["outcome"], made["snapshot"])
+    assert Catalogue.path(service.world.folder / "state").exists()
