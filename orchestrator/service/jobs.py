@@ -110,7 +110,7 @@ class Jobs:
                 pause_seconds=pause_seconds,
                 next_run=run,
             )
-            if await self._pause(job, run, result, pause_seconds, on_progress):
+            if pause_seconds and await self._pause(job, run, result, pause_seconds, on_progress):
                 break
         return result
 
