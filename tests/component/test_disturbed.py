@@ -4,11 +4,14 @@ from collections.abc import Callable
 
 import pytest
 
+from orchestrator.errors import StateError
+from orchestrator.fleecing import pauser
 from orchestrator.model import Outcome
 from orchestrator.qemu.commands import Command
 from orchestrator.run import vigil
+from orchestrator.state.journal import Act, Journal
 from tests.component.test_failing import assert_undone, at_half
-from tests.component.world import MIB, World, failed_with
+from tests.component.world import MIB, RUN, SOCKET, World, failed_with
 
 Make = Callable[..., World]
 pytestmark = pytest.mark.usefixtures("quick_images")
@@ -91,3 +94,63 @@ async def test_a_disk_that_changes_while_the_backup_is_prepared(make: Make, befo
     result = await world.back_up()
     assert result.error is None
     assert result.disks[0].size_bytes == 2 * MIB
+
+
+# --- a guest that is paused for a moment (QEMU before 9.1) ---
+
+
+@pytest.fixture
+def unusable(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Have the journal's file system be full from now on."""
+
+    def intend(*_given: object, **_more: object) -> None:
+        raise StateError("cannot use journal.sqlite: database or disk is full", code="state-unusable")
+
+    return lambda: monkeypatch.setattr(Journal, "intend", intend)
+
+
+async def test_no_guest_is_paused_for_a_snapshot_that_cannot_be_entered(
+    make: Make, before: list[str], unusable: Callable[[], None]
+) -> None:
+    world = make(disks={"vda": MIB}, discard_source=False)
+    unusable()
+    assert failed_with(await world.back_up()) == "state-unusable"
+    stops = [command for command in world.qemu.executed if command.name == "stop"]
+    assert len(stops) == 1  # to take out what was prepared, which must not stay
+    await assert_undone(world, before)
+
+
+async def test_what_is_in_qemu_is_taken_out_even_if_the_pause_cannot_be_entered(
+    make: Make, before: list[str], unusable: Callable[[], None]
+) -> None:
+    world = make(disks={"vda": MIB}, discard_source=False)
+    world.qemu.during_copy = lambda _job: unusable()
+    result = await world.back_up()
+    assert result.error is None, result.error
+    assert world.journal.open() == []
+    await world.assert_nothing_is_left(before)
+
+
+async def test_a_guest_that_a_pause_left_paused_is_entered_until_it_goes_on(make: Make) -> None:
+    """The connection is lost right behind `stop`, for good."""
+    world = make(disks={"vda": MIB}, discard_source=False)
+
+    def leave(command: Command) -> None:
+        if command.name == "transaction":
+            world.qemu.accepts = False
+            world.qemu.cut()
+
+    world.qemu.before = leave
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("orchestrator.run.backup.UNDO_RECONNECT_SECONDS", 0.05)
+        assert failed_with(await world.back_up()) == "vm-gone"
+    assert world.qemu.status == "paused"
+    (left,) = world.journal.open()
+    assert (left.act, left.vm, left.run) == (Act.PAUSE, "web01", RUN)
+    assert pauser.monitor_of(left) == SOCKET
+    world.qemu.accepts = True
+    world.qemu.before = lambda _command: None
+    async with world.host.connect(SOCKET, vm="web01") as monitor:
+        await pauser.go_on(monitor, left)
+        await pauser.go_on(monitor, left)
+    assert world.qemu.running
