@@ -121,7 +121,9 @@ class Supervisor:
                 connected = True
                 await self._hold(monitor)
         except NobodyThere as error:
-            self._ended(error)
+            if not connected:  # else who wants it now is told what comes of looking for the next process
+                self._tell(error)
+            self._say_ended(error)
         except MonitorError as error:
             self._say_trouble(error)
             self._tell(error)
@@ -131,8 +133,9 @@ class Supervisor:
         return connected
 
     async def _hold(self, monitor: Monitor) -> None:
-        """Keep one process's monitor connected. Raises NobodyThere when it has ended, and nobody borrows it."""
+        """Keep one process's monitor connected. Raises NobodyThere when it has ended."""
         self._monitor = monitor
+        ended = False
         try:
             while True:
                 with monitor.subscribe(*STATES, *NEWS) as events:
@@ -140,9 +143,13 @@ class Supervisor:
                     async with aio.background(self._keep_right()):
                         await self._follow(monitor, events)
                 await self._regain(monitor)
+        except NobodyThere:
+            ended = True
+            raise
         finally:
             self._monitor = None
-            await aio.finish(self._all_returned())
+            if not ended:  # else who borrows it, perhaps a run that waits for hours, learns that by itself
+                await aio.finish(self._all_returned())
 
     async def _regain(self, monitor: Monitor) -> None:
         """Connect again to the same process. Raises NobodyThere."""
@@ -239,8 +246,7 @@ class Supervisor:
             log.info("vm.state", status=status, was=self._status)
         self._process, self._status, self._trouble = monitor.process, status, ""
 
-    def _ended(self, error: NobodyThere) -> None:
-        self._tell(error)
+    def _say_ended(self, error: NobodyThere) -> None:
         if self._status or self._trouble:
             log.info("vm.lost", error=error.message)
         self._status = self._trouble = ""

@@ -237,6 +237,18 @@ async def test_a_run_does_not_go_on_with_the_process_that_took_its_qemu_s_place(
         assert result.error is None, result.error
 
 
+async def test_who_still_holds_an_ended_qemu_s_monitor_keeps_nobody_from_the_next_one(world: World) -> None:
+    """Such as a run that waits for its admission."""
+    async with supervised(world) as one, one._reach(SOCKET, vm="web01") as first:
+        world.qemu.kill()
+        world.host.qemus[SOCKET] = FakeQemu(world.first)
+        async with asyncio.timeout(5), one._reach(SOCKET, vm="web01") as second:
+            assert (await second.execute(commands.QUERY_STATUS))["running"]
+            with pytest.raises(NobodyThere):
+                await first.reconnect(deadline_seconds=1)
+            assert second.connected
+
+
 async def test_a_monitor_that_somebody_else_holds_is_told_once(world: World, lines: Lines) -> None:
     world.qemu.accepts = False
     async with supervised(world):
