@@ -182,33 +182,43 @@ class Witness:
     # --- guests ---
 
     async def look_at_guests(self, when: object) -> None:
-        """By their own word: no write failed, none took too long, and they go on."""
+        """By their own word: they go on, no write failed, none took too long."""
         for machine in self._bed.machines:
-            guest = machine.guest
-            if not guest.alive():
+            if not machine.guest.alive():
                 self.report.lost_guests += 1
                 self.wrong(when, f"{machine.name}'s QEMU is gone")
                 await self._bed.boot_again(machine)
                 continue
-            spared, machine.stopped_seconds = machine.stopped_seconds, 0.0
-            limit = CBW_TIMEOUT_SECONDS + MARGIN_SECONDS + spared
-            stalls = [us / 1e6 for us in guest.stalls_us()]
-            new, machine.stalls_seen = stalls[machine.stalls_seen :], len(stalls)
-            if not spared:
-                self.report.stall_seconds = max(self.report.stall_seconds, *new, 0.0)
-            for stall in new:
-                if stall > limit:
-                    self.guest_error(when, f"{machine.name}: a write took {stall:.1f} s")
-            errors, machine.errors_seen = guest.guest_errors() - machine.errors_seen, guest.guest_errors()
-            if errors:
-                self.guest_error(when, f"{machine.name}: {errors} writes failed")
-            if self._bed.daemon_is_dead and await machine.is_paused():
-                continue  # whether that is put right is seen at the next start
-            try:
-                await guest.wait_writes(20)
-            except GuestFailureError as error:
-                self.guest_error(when, f"{machine.name}: {error}")
+            goes_on = await self._goes_on(machine, when)
+            self._count_trouble(machine, when)
+            if not goes_on:
                 await self._bed.boot_again(machine)
+
+    async def _goes_on(self, machine: Machine, when: object) -> bool:
+        if self._bed.daemon_is_dead and await machine.is_paused():
+            return True  # whether that is put right is seen at the next start
+        try:
+            await machine.guest.wait_writes(20)  # a write that took long is told by then
+        except GuestFailureError as error:
+            self.guest_error(when, f"{machine.name}: {error}")
+            return False
+        return True
+
+    def _count_trouble(self, machine: Machine, when: object) -> None:
+        """What the guest says of its writes since it was asked before."""
+        spared, machine.stopped_seconds = machine.stopped_seconds, 0.0
+        limit = CBW_TIMEOUT_SECONDS + MARGIN_SECONDS + spared
+        stalls = [us / 1e6 for us in machine.guest.stalls_us()]
+        new, machine.stalls_seen = stalls[machine.stalls_seen :], len(stalls)
+        if not spared:
+            self.report.stall_seconds = max(self.report.stall_seconds, *new, 0.0)
+        for stall in new:
+            if stall > limit:
+                self.guest_error(when, f"{machine.name}: a write took {stall:.1f} s")
+        errors = machine.guest.guest_errors()
+        if errors > machine.errors_seen:
+            self.guest_error(when, f"{machine.name}: {errors - machine.errors_seen} writes failed")
+        machine.errors_seen = errors
 
 
 def leaves(errors: BaseExceptionGroup[Exception]) -> Iterator[BaseException]:
