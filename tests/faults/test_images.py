@@ -3,6 +3,8 @@
 The first guest's QEMU is 7.2, which is stopped for a moment. `make soak` does all of this 200 times.
 """
 
+import pytest
+
 from orchestrator.model import Phase
 from tests.faults.conftest import Suffer
 from tests.faults.plan import Damage, Fault, Kind, Moment, When
@@ -23,6 +25,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.timeout(600)
 async def test_kills_and_faults(suffer: Suffer) -> None:
     report = await suffer([*KILLS, *FAULTS], version="7.2")
     assert report.wrong == []

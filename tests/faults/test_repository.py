@@ -1,5 +1,7 @@
 """Kills and faults while one guest is backed up to a repository, and its neighbour as images."""
 
+import pytest
+
 from orchestrator.model import Phase
 from tests.faults.conftest import Suffer
 from tests.faults.plan import Fault, Kind, Moment, When
@@ -15,6 +17,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.timeout(600)
 async def test_kills_and_faults(suffer: Suffer) -> None:
     report = await suffer(FAULTS, version="10.0", repository=True)
     assert report.wrong == []
