@@ -163,7 +163,10 @@ class DiskResult:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """A finished run. `reason` says why it was full, `warnings` what the operator should know."""
+    """A finished run. `reason` says why it was full, `warnings` what the operator should know.
+
+    `stored_bytes` is what its snapshot occupies on the target.
+    """
 
     vm: str
     run: str
@@ -177,6 +180,7 @@ class RunResult:
     disks: tuple[DiskResult, ...]
     warnings: tuple[str, ...] = ()
     error: ErrorReport | None = None
+    stored_bytes: int | None = None
 
     @property
     def retryable(self) -> bool:

@@ -140,6 +140,7 @@ def _config(path: Path, draft: Draft, settings: tuple[Setting, ...]) -> Config:
             listen=daemon.listen,
             hosts=tuple(daemon.hosts),
             token_file=daemon.token_file,
+            metrics_file=daemon.metrics_file,
         ),
         storage={
             name: StorageSettings(name, table.path, table.quota, table.min_free, table.first_grant, table.max_runs)

@@ -72,6 +72,11 @@ class DaemonTable(Table):
         "api.token if absent. Without one, nothing can be changed there.",
         example="/etc/vmfleece/api.token",
     )
+    metrics_file: AbsolutePath | None = _key(
+        None,
+        description="File that metrics are written to every 30 s, for node_exporter's textfile collector.",
+        example="/var/lib/prometheus/node-exporter/vmfleece.prom",
+    )
     stop_timeout: Duration = _key(
         "60s",
         description="How long runs under way may take to end when the service is told to stop.",

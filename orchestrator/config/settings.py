@@ -76,6 +76,7 @@ class DaemonSettings:
     listen: Address | None = None
     hosts: tuple[str, ...] = ()
     token_file: Path | None = None
+    metrics_file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

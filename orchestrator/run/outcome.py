@@ -165,6 +165,7 @@ class Facts:
             ),
             warnings=tuple(self.warnings),
             error=error,
+            stored_bytes=self.snapshot.stored_bytes if self.snapshot else None,
         )
 
 
@@ -189,6 +190,7 @@ def log_result(result: RunResult, *, job: str | None, target: str | None) -> Non
         target=target,
         duration_seconds=result.duration_seconds,
         pause_ms=result.pause_ms,
+        stored_bytes=result.stored_bytes,
         disks=[asdict(disk) for disk in result.disks],
         warnings=list(result.warnings),
         error=asdict(result.error) if result.error else None,

@@ -119,7 +119,7 @@ class Desk(Answers):
         return await clean_up(self._engine.reconciler, dry_run=order.dry_run)
 
     def metrics(self) -> bytes:
-        return b""
+        return self._engine.metrics.text()
 
     def _may_start(self) -> None:
         """Raises StateError: a command does what it was called for, and ends."""

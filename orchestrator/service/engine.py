@@ -38,6 +38,7 @@ from orchestrator.service.desk import Desk
 from orchestrator.service.feed import Feed
 from orchestrator.service.hooks import JobHook
 from orchestrator.service.jobs import Jobs
+from orchestrator.service.metrics import Metrics
 from orchestrator.service.notify import Notifiers
 from orchestrator.service.reconciler import Reconciler
 from orchestrator.service.requests import Requests
@@ -187,8 +188,10 @@ class Engine:
         self.jobs_under_way: Counter[str] = Counter()
         self.feed = Feed()
         self.requests = Requests()
+        self.metrics = Metrics(config, self.status)
         self._notifiers = Notifiers(config.notify)
         self._jobs = Jobs(self, self._notifiers)
+        self._serves = supervise
         self._desk = Desk(self, self._means, Service.DAEMON if supervise else Service.COMMAND)
 
     @contextlib.asynccontextmanager
@@ -197,13 +200,14 @@ class Engine:
         with self.feed.listening():
             async with aio.background(*([self._guests_first()] if recover else [])):
                 await self.enter(self._end_dead_runs)
+                await self.enter(partial(self.metrics.remember, self.catalogue))
                 async with (
                     self._controller.serving(),
                     self._supervisors.serving(),
                     self._notifiers.serving(),
                     aio.background(*([self._recover()] if recover else [])),
                     server.served(self.config.daemon, self._desk),
-                    aio.background(self.requests.serve()),
+                    aio.background(self.requests.serve(), *([self.metrics.serve()] if self._serves else [])),
                 ):
                     yield
 
@@ -272,6 +276,7 @@ class Engine:
             result = await self._never_began(live)
         finally:
             self.feed.forget(run)
+        self.metrics.ended(result, job=options.job, target=options.target)
         await aio.finish(asyncio.to_thread(self._remember, result))
         return result
 
@@ -298,6 +303,7 @@ class Engine:
                 def cancelled(result: RunResult) -> None:
                     nonlocal ended
                     ended = live.result = result
+                    self.metrics.ended(result, job=options.job, target=options.target)
                     self._remember(result)
 
                 try:

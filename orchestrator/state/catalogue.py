@@ -167,6 +167,17 @@ class Catalogue:
             ).fetchall()
         return [_entry(row) for row in rows]
 
+    def last_runs(self, *, outcomes: Sequence[str] | None = None) -> list[Entry]:
+        """The last ended run of each VM by each job, and by hand; with one of these outcomes, if that is asked."""
+        condition = "outcome IS NOT NULL" if outcomes is None else f"outcome IN ({', '.join('?' * len(outcomes))})"
+        with self._database.transaction() as connection:
+            # SQLite takes the other columns from the row that has the maximum.
+            rows = connection.execute(
+                f"SELECT run, vm, job, MAX(started), outcome, result FROM runs WHERE {condition} GROUP BY vm, job",  # noqa: S608  our own columns
+                tuple(outcomes or ()),
+            ).fetchall()
+        return [_entry(row) for row in rows]
+
     def entry(self, run: str) -> Entry | None:
         """One run, if it was ever entered."""
         with self._database.transaction() as connection:
