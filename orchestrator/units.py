@@ -138,6 +138,25 @@ def format_duration(seconds: float) -> str:
     return " ".join(parts) or "0s"
 
 
+def format_age(seconds: float) -> str:
+    """Return how long ago that was, or how long it still is, in its largest unit, as "13 h ago" or "in 3 d"."""
+    past = seconds >= 0
+    amount = abs(seconds)
+    text = "now"
+    for unit, factor in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        if amount >= (2 if unit == "d" else 1) * factor:  # up to two days in hours: yesterday is not "1 d"
+            text = f"{int(amount // factor)} {unit}"
+            break
+    if text == "now":
+        return text
+    return f"{text} ago" if past else f"in {text}"
+
+
+def format_moment(moment: datetime, *, now: datetime) -> str:
+    """Return a moment in the local zone and how far it is from `now`: "2026-11-23 02:30 (13 h ago)"."""
+    return f"{moment.astimezone():%Y-%m-%d %H:%M} ({format_age((now - moment).total_seconds())})"
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """A part of a whole whose size is known only later, such as a file system's."""

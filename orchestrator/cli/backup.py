@@ -67,7 +67,13 @@ async def list_jobs(config: Config, arguments: argparse.Namespace) -> int:
         return EXIT_OK
     table = Table("JOB", "NEXT DUE", "SCHEDULE", "TARGET", "VMS", box=None, pad_edge=False)
     for job in found.jobs:
-        table.add_row(job.job, job.next_due or "-", job.schedule or "-", job.target, ", ".join(job.vms))
+        table.add_row(
+            job.job,
+            render.moment(job.next_due) if job.next_due else "-",
+            job.schedule or "-",
+            job.target,
+            ", ".join(job.vms),
+        )
     render.print_table(table)
     return EXIT_OK
 

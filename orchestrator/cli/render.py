@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from orchestrator.errors import VmfleeceError
 from orchestrator.model import RunResult
+from orchestrator.units import format_moment
 
 WIDE = 200
 """Columns where standard output is no terminal: nothing is cut or wrapped for a program."""
@@ -39,6 +41,12 @@ def print_result(lines: Iterable[str], result: RunResult) -> None:
         complain(f"{result.vm}: {result.error.message}", result.error.hint)
     for warning in result.warnings:
         complain(f"{result.vm}: warning: {warning}")
+
+
+def moment(at: datetime | str) -> str:
+    """A moment, also as JSON has it, for people: in the local zone, and how long ago it was."""
+    known = datetime.fromisoformat(at) if isinstance(at, str) else at
+    return format_moment(known, now=datetime.now(UTC))
 
 
 def print_table(table: Table) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-from datetime import datetime
 
 from rich.table import Table
 
@@ -38,7 +37,7 @@ async def list_runs(config: Config, arguments: argparse.Namespace) -> int:
         table.add_row(
             run.run,
             run.vm,
-            _local(run.started),
+            render.moment(run.started),
             run.state,
             "-" if run.duration_seconds is None else format_duration(round(run.duration_seconds)),
             run.kind or "-",
@@ -89,7 +88,7 @@ def _print(run: RunDetails, *, as_json: bool) -> None:
         render.print_document(run)
         return
     job = f", job {run.job}" if run.job else ""
-    render.print_line(f"run {run.run} of {run.vm}{job}, since {_local(run.started)}: {run.state}")
+    render.print_line(f"run {run.run} of {run.vm}{job}, since {render.moment(run.started)}: {run.state}")
     if run.progress is not None:
         one = run.progress
         copied = f"{format_size(one.copied_bytes)} of {format_size(one.size_bytes)}"
@@ -102,7 +101,3 @@ def _print(run: RunDetails, *, as_json: bool) -> None:
         render.print_result(result_lines(run.result), run.result)
     if run.state is RunState.LOST:
         render.print_line("its vmfleece ended before it; what it left is put right by the next one that runs")
-
-
-def _local(started: str) -> str:
-    return datetime.fromisoformat(started).astimezone().strftime("%Y-%m-%d %H:%M:%S")

@@ -3,19 +3,19 @@
 import argparse
 import asyncio
 from dataclasses import asdict
-from datetime import datetime
 from typing import Any
 
 from rich.table import Table
 
 from orchestrator import memory
 from orchestrator.cli import choose, render
+from orchestrator.cli.work import Work
 from orchestrator.config import Config
 from orchestrator.errors import EXIT_FAILED, EXIT_OK, EXIT_SOME_FAILED, TargetError
 from orchestrator.run.prune import remove
+from orchestrator.run.restore import RestorePhase, restore_extra_files
 from orchestrator.run.restore import restore as restore_disk
-from orchestrator.run.restore import restore_extra_files
-from orchestrator.target.base import Snapshot
+from orchestrator.target.base import Snapshot, SnapshotDisk
 from orchestrator.units import format_size
 
 
@@ -31,7 +31,7 @@ async def list_snapshots(config: Config, arguments: argparse.Namespace) -> int:
     for snapshot in listed.snapshots:
         table.add_row(
             snapshot.id,
-            _local(snapshot.created),
+            render.moment(snapshot.created),
             snapshot.kind,
             ", ".join(parent.rpartition("/")[2] for parent in snapshot.parents) or "-",
             "yes" if snapshot.protected else "-",
@@ -52,7 +52,7 @@ async def show(config: Config, arguments: argparse.Namespace) -> int:
         return EXIT_OK
     details = snapshot.details
     render.print_line(f"{snapshot.id} on target {snapshot.target}")
-    render.print_line(f"taken {_local(snapshot.created)}, {snapshot.kind}, by run {details.get('run')}")
+    render.print_line(f"taken {render.moment(snapshot.created)}, {snapshot.kind}, by run {details.get('run')}")
     if details.get("pause_ms") is not None:
         render.print_line(f"guest held {details['pause_ms']:.1f} ms")
     if snapshot.protected:
@@ -119,14 +119,16 @@ async def restore(config: Config, arguments: argparse.Namespace) -> int:
         wanted = {arguments.disk: to}
     restored = []
     for disk, path in wanted.items():
-        one = await restore_disk(
-            targets[snapshot.target],
-            snapshot,
-            disk,
-            to=path,
-            image_format=arguments.format,
-            overwrite=arguments.force,
-        )
+        with _Restoring(snapshot.disk(disk), shown=not arguments.json) as work:
+            one = await restore_disk(
+                targets[snapshot.target],
+                snapshot,
+                disk,
+                to=path,
+                image_format=arguments.format,
+                overwrite=arguments.force,
+                on_progress=work.update,
+            )
         restored.append(one)
         if not arguments.json:
             render.print_line(
@@ -143,6 +145,22 @@ async def restore(config: Config, arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+class _Restoring(Work):
+    """The progress of one disk, which is written and then read back: twice its size."""
+
+    def __init__(self, disk: SnapshotDisk, *, shown: bool) -> None:
+        super().__init__(2 * disk.size_bytes, shown=shown)
+        self._disk = disk
+        self._phase: RestorePhase | None = None
+
+    def update(self, phase: RestorePhase, done_bytes: int) -> None:
+        if phase is not self._phase:
+            self._phase = phase
+            before_bytes = self._disk.size_bytes if phase is RestorePhase.CHECKING else 0
+            self.begin(f"{self._disk.disk}: {phase}", before_bytes=before_bytes)
+        self.done(done_bytes)
+
+
 def _file_name(disk: str, image_format: str) -> str:
     """What a disk that may be called by a path is called in one folder."""
     return f"{disk.strip('/').replace('/', '_')}.{image_format}"
@@ -150,7 +168,3 @@ def _file_name(disk: str, image_format: str) -> str:
 
 def _document(snapshot: Snapshot) -> dict[str, Any]:
     return asdict(snapshot) | {"created": snapshot.created.isoformat()}
-
-
-def _local(moment: datetime) -> str:
-    return moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")

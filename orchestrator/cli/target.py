@@ -109,8 +109,9 @@ async def list_keys(config: Config, arguments: argparse.Namespace) -> int:
         return EXIT_OK
     table = Table("KEY", "MADE", "BY", "", box=None, pad_edge=False)
     for key in keys:
-        made = key.created.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-        table.add_row(key.id, made, f"{key.username}@{key.hostname}", "in use" if key.current else "")
+        table.add_row(
+            key.id, render.moment(key.created), f"{key.username}@{key.hostname}", "in use" if key.current else ""
+        )
     render.print_table(table)
     return EXIT_OK
 

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from orchestrator import memory
 from orchestrator.cli import choose, render
+from orchestrator.cli.work import Work
 from orchestrator.config import Config
 from orchestrator.errors import EXIT_FAILED, EXIT_OK, EXIT_SOME_FAILED, VmfleeceError
 from orchestrator.target.base import Snapshot, Target
@@ -22,10 +23,14 @@ async def verify(config: Config, arguments: argparse.Namespace) -> int:
         listed = await choose.list_all(targets, arguments.vm)
         snapshots, complete = listed.snapshots, listed.complete
     rows = []
-    for snapshot in snapshots:
-        rows.append(await _row(targets[snapshot.target], snapshot, arguments.sample))
-        for problem in rows[-1]["problems"]:
-            render.complain(f"{snapshot.id}: {problem}")
+    before_bytes = 0
+    with Work(sum(map(_size, snapshots)), shown=not arguments.json) as work:
+        for number, snapshot in enumerate(snapshots, start=1):
+            work.begin(f"{snapshot.id} ({number} of {len(snapshots)})", before_bytes=before_bytes)
+            rows.append(await _row(targets[snapshot.target], snapshot, arguments.sample))
+            before_bytes += _size(snapshot)
+            for problem in rows[-1]["problems"]:
+                render.complain(f"{snapshot.id}: {problem}")
     if arguments.json:
         render.print_json({"verified": rows})
     else:
@@ -34,6 +39,10 @@ async def verify(config: Config, arguments: argparse.Namespace) -> int:
     if not failed:
         return EXIT_OK if complete else EXIT_SOME_FAILED
     return EXIT_FAILED if failed == len(rows) else EXIT_SOME_FAILED
+
+
+def _size(snapshot: Snapshot) -> int:
+    return sum(disk.stored_bytes for disk in snapshot.disks)
 
 
 async def _row(target: Target, snapshot: Snapshot, share: float) -> dict[str, Any]:

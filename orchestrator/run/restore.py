@@ -15,15 +15,16 @@ import os
 import secrets
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import structlog
 
 from orchestrator import aio
 from orchestrator.errors import TargetError
-from orchestrator.qemu import tools
+from orchestrator.qemu import reading, tools
 from orchestrator.target import durable
 from orchestrator.target.base import Snapshot, Target
 from orchestrator.target.extra_files import ExtraFile
@@ -32,6 +33,20 @@ log = structlog.get_logger(__name__)
 
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 """What link(2) says on a file system without hard links."""
+
+
+POLL_SECONDS = 0.5
+
+
+class RestorePhase(StrEnum):
+    """Where a disk's restore is."""
+
+    WRITING = "writing"
+    CHECKING = "checking"
+
+
+OnProgress = Callable[[RestorePhase, int], None]
+"""Told, in any thread, how many bytes of the disk's size are done in a phase; must neither fail nor wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +60,14 @@ class Restored:
 
 
 async def restore(
-    target: Target, snapshot: Snapshot, disk: str, *, to: Path, image_format: str, overwrite: bool = False
+    target: Target,
+    snapshot: Snapshot,
+    disk: str,
+    *,
+    to: Path,
+    image_format: str,
+    overwrite: bool = False,
+    on_progress: OnProgress = lambda _phase, _done_bytes: None,
 ) -> Restored:
     """Restore one disk to a new file, or to a block device (which needs `overwrite`).
 
@@ -64,11 +86,13 @@ async def restore(
     try:
         if device:
             await _check_fits(wanted.size_bytes, to)
-        content = await target.extract(snapshot, disk, to=written, image_format=image_format)
+        async with aio.background(_watch(written, on_progress)):
+            content = await target.extract(snapshot, disk, to=written, image_format=image_format)
         most_bytes = wanted.size_bytes if device else sys.maxsize
+        update = _counted(content.update, on_progress)
         await aio.all_or_first_error(
             (
-                tools.read_back(written, image_format, content.update, size_bytes=most_bytes),
+                tools.read_back(written, image_format, update, size_bytes=most_bytes),
                 _make_durable(written, to),
             )
         )
@@ -89,6 +113,27 @@ async def restore(
         raise
     log.info("restore.finished", snapshot=snapshot.id, disk=disk, to=str(to), size_bytes=wanted.size_bytes)
     return Restored(disk, to, wanted.size_bytes, content.sha256)
+
+
+async def _watch(path: Path, on_progress: OnProgress) -> None:
+    """Tell how much of a file is there, which is written by whatever tool; a device does not tell."""
+    while True:
+        with contextlib.suppress(OSError):  # not there yet
+            found = await asyncio.to_thread(path.stat)
+            on_progress(RestorePhase.WRITING, found.st_blocks * 512)
+        await asyncio.sleep(POLL_SECONDS)
+
+
+def _counted(update: reading.Update, on_progress: OnProgress) -> reading.Update:
+    done_bytes = 0
+
+    def counted(piece: memoryview) -> None:
+        nonlocal done_bytes
+        update(piece)
+        done_bytes += len(piece)
+        on_progress(RestorePhase.CHECKING, done_bytes)
+
+    return counted
 
 
 async def restore_extra_files(target: Target, snapshot: Snapshot, *, to: Path) -> list[tuple[ExtraFile, Path]]:

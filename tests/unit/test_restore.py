@@ -17,7 +17,7 @@ import pytest
 from orchestrator.errors import TargetError, ToolError
 from orchestrator.model import Compression
 from orchestrator.qemu import tools
-from orchestrator.run.restore import restore, restore_extra_files
+from orchestrator.run.restore import RestorePhase, restore, restore_extra_files
 from orchestrator.target.base import Snapshot
 from orchestrator.target.extra_files import ExtraFile
 from orchestrator.target.images import qcow2
@@ -68,7 +68,14 @@ async def test_a_disk_is_restored_and_checked(
     target: ImagesTarget, snapshot: Snapshot, out: Path, image_format: str
 ) -> None:
     to = out / "vda.img"
-    restored = await restore(target, snapshot, "vda", to=to, image_format=image_format)
+    told: list[tuple[RestorePhase, int]] = []
+    restored = await restore(
+        target, snapshot, "vda", to=to, image_format=image_format, on_progress=lambda *one: told.append(one)
+    )
+    checked = [done_bytes for phase, done_bytes in told if phase is RestorePhase.CHECKING]
+    assert checked[-1] == SIZE
+    assert checked == sorted(checked)
+    assert told == sorted(told, key=lambda one: one[0] is RestorePhase.CHECKING)
     assert (restored.disk, restored.path, restored.size_bytes) == ("vda", to, SIZE)
     assert restored.sha256 == snapshot.disk("vda").sha256 == await tools.sha256(to, image_format)
     assert await tools.virtual_size(to, image_format) == SIZE

@@ -1,3 +1,7 @@
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -276,3 +280,48 @@ def test_any_text_is_a_calendar_or_a_value_error(text: str) -> None:
         units.parse_calendar(text)
     except ValueError as error:
         assert "allowed" in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "now"),
+        (0.4, "now"),
+        (1, "1 s ago"),
+        (59.9, "59 s ago"),
+        (60, "1 min ago"),
+        (3599, "59 min ago"),
+        (13 * 3600 + 1800, "13 h ago"),
+        (47 * 3600, "47 h ago"),
+        (48 * 3600, "2 d ago"),
+        (400 * 86400, "400 d ago"),
+        (-90, "in 1 min"),
+        (-3 * 86400, "in 3 d"),
+    ],
+)
+def test_ages(seconds: float, text: str) -> None:
+    assert units.format_age(seconds) == text
+
+
+@given(st.floats(min_value=1, max_value=1e10))
+def test_an_age_says_never_more_and_at_least_half_of_it(seconds: float) -> None:
+    amount, unit = units.format_age(seconds).removesuffix(" ago").split(" ")
+    said = units.parse_duration(f"{amount}{unit}")
+    assert said <= seconds < 2 * said
+
+
+@pytest.fixture
+def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("berlin")
+def test_a_moment_is_shown_in_the_local_zone() -> None:
+    winter = datetime(2026, 11, 23, 1, 30, tzinfo=UTC)
+    assert units.format_moment(winter, now=winter + timedelta(hours=13)) == "2026-11-23 02:30 (13 h ago)"
+    summer = datetime(2026, 7, 1, 22, 30, 59, tzinfo=UTC)
+    assert units.format_moment(summer, now=summer - timedelta(days=3)) == "2026-07-02 00:30 (in 3 d)"
