@@ -32,6 +32,7 @@ from orchestrator.config.settings import (
 from orchestrator.errors import ConfigError
 from orchestrator.model import Compression, Fleecing, FleecingPolicy, RunOptions, Vm
 
+FLEECING_EXAMPLE = "such as enabled=1,storage=local, or enabled=0 for none"
 DEFAULT_PATH = "/etc/vmfleece/vmfleece.toml"
 
 
@@ -64,9 +65,9 @@ def parse_fleecing(text: str) -> Fleecing:
         table = FleecingTable.model_validate(parse_fleecing_properties(text))
     except ValidationError as error:
         reasons = [describe(FleecingTable, each) for each in error.errors()]
-        raise ConfigError(f"fleecing: {'; '.join(reasons)}") from error
+        raise ConfigError(f"fleecing: {'; '.join(reasons)}", hint=FLEECING_EXAMPLE) from error
     except ValueError as error:
-        raise ConfigError(f"fleecing: {error}") from error
+        raise ConfigError(f"fleecing: {error}", hint=FLEECING_EXAMPLE) from error
     return Fleecing(table.enabled, table.storage)
 
 

@@ -154,6 +154,12 @@ class NbdClient:
         try:
             yield
         except ProtocolError as error:
-            raise NbdError(f"what an NBD server sent makes no sense: {error}") from error
+            raise NbdError(
+                f"what an NBD server sent makes no sense: {error}",
+                hint="please report this, with the versions of QEMU and vmfleece",
+            ) from error
         except (asyncio.IncompleteReadError, OSError) as error:
-            raise NbdError(f"the connection to an NBD server ended: {error}") from error
+            raise NbdError(
+                f"the connection to an NBD server ended: {error}",
+                hint="its process has ended, or was ended: see the log before this",
+            ) from error

@@ -146,7 +146,10 @@ class QmpMonitor(Monitor):
         made = self._path.stat()
         process = f"{made.st_ino}-{made.st_mtime_ns}"
         if self._process not in ("", process):
-            raise NobodyThere(f"VM {self._vm}: another QEMU process listens at {self._path} now")
+            raise NobodyThere(
+                f"VM {self._vm}: another QEMU process listens at {self._path} now",
+                hint="the VM was started anew; back it up again",
+            )
         return process
 
     async def close(self) -> None:
@@ -210,7 +213,10 @@ class QmpMonitor(Monitor):
         except (ExecInterruptedError, StateError) as error:
             raise self._lost() from error
         except QMPError as error:
-            raise MonitorError(f"VM {self._vm}: malformed reply to {names}: {error}") from error
+            raise MonitorError(
+                f"VM {self._vm}: malformed reply to {names}: {error}",
+                hint="is it a QMP monitor (-qmp), and not a human one (-monitor)?",
+            ) from error
 
     async def _reply(self, command: Command) -> Any:
         try:

@@ -53,7 +53,11 @@ async def served(image: Path, *, at: Path, export: str) -> AsyncIterator[str]:
                 if process.returncode == _NOT_FOUND:
                     raise tools.missing("qemu-nbd")
                 words.seek(0)
-                raise ToolError(f"cannot serve {image}: {words.read().decode(errors='replace').strip()}")
+                said = words.read().decode(errors="replace").strip()
+                raise ToolError(
+                    f"cannot serve {image}: {said}",
+                    hint="`qemu-img info` says whether the image, and what it builds on, can be read",
+                )
             yield uri(at, export)
         finally:
             await aio.finish(tools.end(process))
@@ -66,7 +70,9 @@ def _listening(at: Path) -> Iterator[socket.socket]:
         try:
             listening.bind(str(at))
         except OSError as error:
-            raise ToolError(f"no NBD server can listen at {at}: {error}") from error
+            raise ToolError(
+                f"no NBD server can listen at {at}: {error}", hint="see that $TMPDIR, or /tmp, may be written to"
+            ) from error
         try:
             at.chmod(0o600)
             listening.listen(READERS)

@@ -162,7 +162,10 @@ async def _run(argv: list[str], *, pass_fds: tuple[int, ...] = ()) -> aio.Finish
     except FileNotFoundError as error:
         raise missing(argv[0]) from error
     if finished.returncode != 0:
-        raise ToolError(f"{argv[0]} {argv[1]} failed: {finished.stderr}")
+        raise ToolError(
+            f"{argv[0]} {argv[1]} failed: {finished.stderr}",
+            hint="see that the images it names are there and may be read, and that there is room",
+        )
     return finished
 
 

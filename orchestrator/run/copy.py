@@ -157,7 +157,10 @@ def diagnose(ended: Ended, at: Circumstances) -> VmfleeceError:
             code="target-write-failed",
         )
     if ended.operation != "read":
-        return CopyError(f"disk {at.disk}: the copy ended before it was complete: {said}")
+        return CopyError(
+            f"disk {at.disk}: the copy ended before it was complete: {said}",
+            hint="the guest is unharmed; back it up again, and look into QEMU's own log if that happens again",
+        )
     if at.storage is None:
         return FleecingError(
             f"disk {at.disk}: the snapshot broke: old data could not be written to the target within"

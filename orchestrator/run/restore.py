@@ -163,7 +163,11 @@ def _write_new(path: Path, file: ExtraFile) -> None:
 def _check_destination(to: Path, *, overwrite: bool) -> bool:
     """Whether the destination is a block device. Raises TargetError if something would be lost."""
     if not to.parent.is_dir():
-        raise TargetError(f"cannot restore to {to}: no such folder: {to.parent}", code="restore-path")
+        raise TargetError(
+            f"cannot restore to {to}: no such folder: {to.parent}",
+            hint="make it, or give another --to",
+            code="restore-path",
+        )
     if to.is_block_device():
         if not overwrite:
             raise TargetError(

@@ -63,7 +63,11 @@ class Desk(Answers):
         ended = self._engine.end_run(run)
         details = await self.run(run)
         if not ended:
-            raise RefusedError(f"run {run} of {details.vm} is over: {details.state}", code="run-over")
+            raise RefusedError(
+                f"run {run} of {details.vm} is over: {details.state}",
+                hint=f"`vmfleece run show {run}` says what it came to",
+                code="run-over",
+            )
         return details
 
     async def targets(self) -> Targets:

@@ -103,7 +103,7 @@ def _rate(given: int | str | None) -> int:
     try:
         return parse_rate(given) if given is not None else 0
     except ValueError as error:
-        raise ConfigError(f"bwlimit {given}: {error}") from error
+        raise ConfigError(f"bwlimit {given}: {error}", hint="a plain number is KiB a second") from error
 
 
 def _target(config: Config, name: str | None) -> str:

@@ -106,7 +106,9 @@ class Supervisor:
                     await self._wait(pause_seconds)
                     pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
             finally:
-                self._tell(ConnectFailed(f"VM {self._vm.name}: vmfleece ends"))
+                self._tell(
+                    ConnectFailed(f"VM {self._vm.name}: vmfleece ends", hint="it is the next one's to connect")
+                )
 
     async def _wait(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -129,7 +131,8 @@ class Supervisor:
             self._tell(error)
         except Exception as error:  # one VM must not end the service
             log.exception("vm.bug")
-            self._tell(ConnectFailed(f"VM {self._vm.name}: {type(error).__name__}: {error}"))
+            what = f"{type(error).__name__}: {error}"
+            self._tell(ConnectFailed(f"VM {self._vm.name}: {what}", hint="please report this with the log"))
         return connected
 
     async def _hold(self, monitor: Monitor) -> None:

@@ -179,7 +179,11 @@ class Mover:
         except ConnectionError:
             return  # it is gone: `_listen` says why
         except OSError as error:
-            raise TargetError(f"the mover cannot be asked: {error}", code="mover-died") from error
+            raise TargetError(
+                f"the mover cannot be asked: {error}",
+                hint="back it up again; the kernel's log may say what ended it, such as too little memory",
+                code="mover-died",
+            ) from error
 
     async def _listen(self) -> None:
         """Hand out answers until the worker is gone, and then what became of it."""

@@ -40,7 +40,11 @@ async def write(repository: Repository, layout: Layout, to: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise TargetError(f"cannot write {to}: {error.strerror}", code="restore-path") from error
+        raise TargetError(
+            f"cannot write {to}: {error.strerror}",
+            hint="see that there is room and that it may be written to, or give another --to",
+            code="restore-path",
+        ) from error
 
 
 async def in_threads(work: Callable[[T], None], items: Iterable[T]) -> None:

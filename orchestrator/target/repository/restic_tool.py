@@ -121,5 +121,7 @@ def _failure(command: str, repository_name: str, returncode: int, words: str) ->
         if returncode == code or (returncode == 1 and text in words):
             return error(f"restic {command} of {repository_name}: {words}", hint=hint)
     return TargetError(
-        f"restic {command} of {repository_name} failed with exit code {returncode}: {words}", code="restic-failed"
+        f"restic {command} of {repository_name} failed with exit code {returncode}: {words}",
+        hint="restic's own words say why; its snapshots are as before, and it can be started again",
+        code="restic-failed",
     )

@@ -41,7 +41,11 @@ def this_user() -> str:
 
 def create(backend: Backend, password: str, *, cost: Cost | None = None) -> Opened:
     """Make a repository. TargetError's code is "repository-exists" if there is one."""
-    exists = TargetError(f"there is a repository at {backend.place} already", code="repository-exists")
+    exists = TargetError(
+        f"there is a repository at {backend.place} already",
+        hint="if it is yours, it can be backed up to as it is; else give the target another place",
+        code="repository-exists",
+    )
     try:
         backend.read(CONFIG)
     except FileMissing:

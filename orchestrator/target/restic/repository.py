@@ -271,7 +271,11 @@ class Repository:
         try:
             old = self._read_snapshot(file)
         except FileMissing:
-            raise TargetError(f"there is no {file} in the repository any more", code="no-snapshot") from None
+            raise TargetError(
+                f"there is no {file} in the repository any more",
+                hint="somebody has forgotten it meanwhile; `vmfleece snapshot list` says what is there",
+                code="no-snapshot",
+            ) from None
         if old.tags == tags:
             return old
         new = dataclasses.replace(old, tags=tags, original=old.original or file.identity, identity=None)
