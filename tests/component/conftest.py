@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from orchestrator import aio
+from orchestrator import aio, log
 from orchestrator.admission import estimate
 from orchestrator.fleecing import boundary, grant, graph, pauser, quiet
 from orchestrator.qemu import tools
@@ -84,3 +84,19 @@ def small_grants(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "FIRST_LEAST", 0)
     monkeypatch.setattr(estimate, "STEP_LEAST", 256 * 1024)
     monkeypatch.setattr(estimate, "HEADROOM_LEAST", 256 * 1024)
+
+
+@pytest.fixture
+def events_are_told() -> Iterator[None]:
+    """Events are told, and not printed."""
+
+    def drop(*_: object) -> structlog.typing.EventDict:
+        raise structlog.DropEvent
+
+    before = structlog.get_config()
+    structlog.configure(
+        processors=[structlog.contextvars.merge_contextvars, structlog.processors.add_log_level, log.tell, drop],
+        wrapper_class=structlog.make_filtering_bound_logger("debug"),
+    )
+    yield
+    structlog.configure(**before)

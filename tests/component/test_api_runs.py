@@ -2,14 +2,12 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-import structlog
 from yarl import URL
 
-from orchestrator import log
 from orchestrator.run import retry
 from orchestrator.service.engine import Engine
 from tests.component.http import Caller, over_socket
@@ -17,23 +15,7 @@ from tests.component.test_admission import opened
 from tests.component.world import MIB, World, settled
 
 Make = Callable[..., World]
-pytestmark = pytest.mark.usefixtures("quick_images")
-
-
-@pytest.fixture(autouse=True)
-def _told() -> Iterator[None]:
-    """Events are told, and not printed."""
-
-    def drop(*_: object) -> structlog.typing.EventDict:
-        raise structlog.DropEvent
-
-    before = structlog.get_config()
-    structlog.configure(
-        processors=[structlog.contextvars.merge_contextvars, structlog.processors.add_log_level, log.tell, drop],
-        wrapper_class=structlog.make_filtering_bound_logger("debug"),
-    )
-    yield
-    structlog.configure(**before)
+pytestmark = pytest.mark.usefixtures("quick_images", "events_are_told")
 
 
 @contextlib.asynccontextmanager
