@@ -205,13 +205,19 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DiskProgress:
-    """How far one disk is. `fleecing_bytes` is what its fleecing image occupies right now."""
+    """How far one disk is. `fleecing_bytes` is what its fleecing image occupies right now.
+
+    `strip` draws what is to be copied, which of an `incremental` disk is what has changed, from its beginning to
+    its end: # backed up, > being copied, o held in fleecing, . waiting.
+    """
 
     disk: str
     size_bytes: int
     copied_bytes: int
     fleecing_bytes: int
     grant_bytes: int
+    incremental: bool = False
+    strip: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,25 @@ Windows can be done in any order. Those of one disk are copied strictly one at a
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 from orchestrator.units import MIB
 
 WINDOW_BYTES = 512 * MIB
 """A whole number of clusters of any image. Chosen by benchmarks/windows.py: smaller ones cost time."""
+
+CELLS = 64
+"""Into so many equal pieces a disk is cut to be drawn."""
+
+
+class Cell(StrEnum):
+    """What a piece of a disk is drawn as: backed up, being copied, held in fleecing, or only waiting."""
+
+    DONE = "#"
+    COPYING = ">"
+    HELD = "o"
+    WAITING = "."
+
 
 Extent = tuple[int, int]
 """A piece of a disk: offset and length in bytes."""
@@ -30,12 +44,16 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Boundary:
-    """How far a disk is: the numbers of the windows that are done, and of the one that is copied now."""
+    """How far a disk is: the numbers of the windows that are done, and of the one that is copied now.
+
+    `held`: those that held old data when a window was last chosen.
+    """
 
     disk_bytes: int
     window_bytes: int
     done: frozenset[int] = frozenset()
     current: int | None = None
+    held: frozenset[int] = frozenset()
 
     @property
     def count(self) -> int:
@@ -55,6 +73,10 @@ class Boundary:
         waiting = (number for number in range(self.count) if number not in self.done)
         number = max(waiting, key=lambda number: (held_bytes.get(number, 0), -number), default=None)
         return None if number is None else self.window(number)
+
+    def holding(self, held_bytes: Mapping[int, int]) -> "Boundary":
+        """The same, once it is known which windows hold old data; by number."""
+        return replace(self, held=frozenset(number for number, size in held_bytes.items() if size))
 
     def started(self, window: Window) -> "Boundary":
         """Where it is once this window is being copied."""
@@ -78,6 +100,27 @@ class Boundary:
     def started_bytes(self) -> int:
         """The same with all of the current window."""
         return self.done_bytes + (self.window(self.current).size_bytes if self.current is not None else 0)
+
+    def strip(self) -> str:
+        """The disk from its beginning to its end, drawn in cells. What is not done nowhere looks done."""
+        return "".join(map(self._cell, range(CELLS)))
+
+    def _cell(self, at: int) -> Cell:
+        first = at * self.disk_bytes // CELLS // self.window_bytes
+        last = max(first, (((at + 1) * self.disk_bytes - 1) // CELLS) // self.window_bytes)
+        left = set(range(first, last + 1)) - self.done
+        if not left:
+            return Cell.DONE
+        if self.current in left:
+            return Cell.COPYING
+        return Cell.WAITING if left.isdisjoint(self.held) else Cell.HELD
+
+
+def swept(size_bytes: int, copied_bytes: int) -> str:
+    """The same of what one job copies from its beginning to its end."""
+    done = copied_bytes * CELLS // size_bytes
+    now = Cell.COPYING if copied_bytes else Cell.WAITING
+    return (Cell.DONE * done + now + Cell.WAITING * CELLS)[:CELLS]
 
 
 def may_go_on(disk: str, boundaries: Mapping[str, Boundary]) -> bool:

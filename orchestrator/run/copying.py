@@ -49,6 +49,7 @@ class Copies:
             self.pace,
             job=partial(self._job, disk),
             held_bytes=partial(self._held_bytes, disk),
+            on_move=disk.move,
         )
         start = Boundary(disk.plan.disk.size_bytes, boundary.WINDOW_BYTES)
         return windows.WindowCopy(disk.plan.disk.id, disk.names, start, means, on_progress)

@@ -7,6 +7,7 @@ from datetime import datetime
 import structlog
 
 from orchestrator import __version__
+from orchestrator.fleecing.boundary import CELLS, Boundary, Cell, swept
 from orchestrator.fleecing.names import DiskNames
 from orchestrator.model import (
     DiskProgress,
@@ -33,7 +34,10 @@ WAS_CANCELLED = ErrorReport(CANCELLED, "the run was cancelled")
 
 @dataclass(slots=True)
 class DiskRun:
-    """One disk under way: `copying` until its copy has ended, `by_windows` or by one job."""
+    """One disk under way: `copying` until its copy has ended, `by_windows` or by one job.
+
+    `boundary`: which windows are copied, None as long as none was.
+    """
 
     plan: DiskPlan
     names: DiskNames
@@ -45,6 +49,20 @@ class DiskRun:
     sink: Sink | None = None
     by_windows: bool = False
     copying: bool = True
+    boundary: Boundary | None = None
+
+    def move(self, boundary: Boundary) -> None:
+        """Its windows are so far now."""
+        self.boundary = boundary
+
+    @property
+    def strip(self) -> str:
+        """How far it is, drawn in cells: the disk, or of an incremental one what has changed."""
+        if not self.copying and self.copied_bytes >= self.to_copy_bytes:
+            return Cell.DONE * CELLS
+        if self.boundary is not None:
+            return self.boundary.strip()
+        return swept(self.to_copy_bytes or self.plan.disk.size_bytes, self.copied_bytes)
 
     @property
     def compress(self) -> bool:
@@ -97,6 +115,8 @@ class Facts:
                 copied_bytes=disk.copied_bytes,
                 fleecing_bytes=disk.file.used_bytes() if disk.file else 0,
                 grant_bytes=disk.grant_bytes,
+                incremental=disk.incremental,
+                strip=disk.strip,
             )
             for disk in self.disks
         )

@@ -52,7 +52,7 @@ class Means:
     """What the windows of a disk are copied with.
 
     `job` makes the block job's arguments of its id, source and target; `held_bytes` asks how much old data each
-    window holds, by number.
+    window holds, by number; `on_move` is told how far the disk is.
     """
 
     monitor: Monitor
@@ -60,6 +60,7 @@ class Means:
     pace: Pace
     job: Callable[[str, str, str], dict[str, Any]]
     held_bytes: Callable[[], Awaitable[Mapping[int, int]]]
+    on_move: Callable[[Boundary], None] = lambda _boundary: None
 
 
 class WindowCopy:
@@ -108,7 +109,9 @@ class WindowCopy:
 
     async def _next(self) -> Window | None:
         await self._means.monitor.reconnect(deadline_seconds=RECONNECT_SECONDS)
-        return self._boundary.next(await self._means.held_bytes())
+        held_bytes = await self._means.held_bytes()
+        self._move(self._boundary.holding(held_bytes))
+        return self._boundary.next(held_bytes)
 
     async def _copy(self, window: Window) -> Ended:
         names, quiet, monitor = self._names, self._means.quiet, self._means.monitor
@@ -156,6 +159,7 @@ class WindowCopy:
     def _move(self, boundary: Boundary) -> None:
         self._boundary = boundary
         self._means.pace.move(self._disk, boundary)
+        self._means.on_move(boundary)
 
 
 def may_be_tried_again(ended: Ended) -> bool:

@@ -10,12 +10,14 @@ from orchestrator.config import Config
 from orchestrator.errors import RefusedError, StateError
 from orchestrator.model import ErrorReport, Progress, RunResult
 from orchestrator.run.backup import Means, new_run_id
-from orchestrator.service import history, orders, targets, vms
+from orchestrator.service import history, orders, protection, targets, vms
 from orchestrator.service.api.base import Answers, CleanupOrder, RunsQuery, Service, SnapshotsQuery
 from orchestrator.service.documents import (
     Cleanup,
+    History,
     Jobs,
     JobSummary,
+    Protection,
     RepairSummary,
     Request,
     RunDetails,
@@ -28,6 +30,7 @@ from orchestrator.service.documents import (
 from orchestrator.service.orders import BackupOrder
 from orchestrator.service.reconciler import Reconciler, Repaired
 from orchestrator.service.status import Status
+from orchestrator.state.catalogue import Catalogue
 
 if TYPE_CHECKING:
     from orchestrator.service.engine import Engine
@@ -45,6 +48,12 @@ class Desk(Answers):
 
     def status(self) -> Status:
         return self._engine.status()
+
+    async def protection(self) -> Protection:
+        return await asyncio.to_thread(protected, self._config, self._engine.catalogue, self.status())
+
+    def storage_history(self) -> History:
+        return self._engine.samples.history()
 
     async def vms(self) -> Vms:
         return await vms.summaries(self._config, self._means.connect)
@@ -143,6 +152,13 @@ def jobs(config: Config) -> Jobs:
         next_due = due.isoformat() if due else None
         found.append(JobSummary(job.name, job.schedule, next_due, job.options.target, job.vms))
     return Jobs(tuple(found))
+
+
+def protected(config: Config, catalogue: Catalogue, live: Status) -> Protection:
+    """How well each VM is protected. Blocks. Raises StateError."""
+    good, ended = catalogue.last_runs(outcomes=protection.GOOD), catalogue.last_runs()
+    under_way = {one.vm for one in (*live.runs, *live.queue)}
+    return protection.of(config, good, ended, protection.Moment(datetime.now(UTC), under_way))
 
 
 async def clean_up(reconciler: Reconciler, *, dry_run: bool) -> Cleanup:

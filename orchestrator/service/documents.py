@@ -147,6 +147,90 @@ class RunDetails:
     result: RunResult | None = None
 
 
+class Protected(StrEnum):
+    """Whether a VM is backed up as its jobs promise; of several jobs, the worst.
+
+    `due`: its turn has come, and its backup is about to begin, under way or waiting. `overdue`: its turn has come
+    and nothing is being done about it, or the turn after it has come, too. `never`: there was no good backup yet.
+    `unscheduled`: no job with a schedule backs it up.
+    """
+
+    PROTECTED = "protected"
+    DUE = "due"
+    OVERDUE = "overdue"
+    NEVER = "never"
+    UNSCHEDULED = "unscheduled"
+
+
+@dataclass(frozen=True, slots=True)
+class GoodRun:
+    """A run that succeeded, and the snapshot that it left."""
+
+    run: str
+    job: str | None
+    started: str
+    snapshot: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunFailure:
+    """A run that did not succeed; `error` says why, as far as that is known."""
+
+    run: str
+    job: str | None
+    started: str
+    outcome: str
+    error: ErrorReport | None
+
+
+@dataclass(frozen=True, slots=True)
+class JobProtection:
+    """How a job keeps its promise to a VM: its last good run, and the first turn since then that is missing."""
+
+    job: str
+    state: Protected
+    last: str | None
+    missed: str | None
+    next_due: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class VmProtection:
+    """How a VM is protected. `last` is its last good run, `failure` the last run if that failed since then."""
+
+    vm: str
+    state: Protected
+    last: GoodRun | None
+    jobs: tuple[JobProtection, ...]
+    failure: RunFailure | None
+
+
+@dataclass(frozen=True, slots=True)
+class Protection:
+    """All configured VMs, and when this was judged. The history is asked, not the targets."""
+
+    now: str
+    vms: tuple[VmProtection, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StorageHistory:
+    """One storage: the most that was granted and used in each interval."""
+
+    storage: str
+    granted_bytes: tuple[int, ...]
+    used_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """Storages over time, as long as vmfleece runs: `at` is when each interval began, in seconds since 1970."""
+
+    interval_seconds: int
+    at: tuple[int, ...]
+    storages: tuple[StorageHistory, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Queue:
     """The runs that wait, in the order in which they will be admitted."""

@@ -31,7 +31,7 @@ from orchestrator.run.backup import Connect, Means, back_up, new_run_id
 from orchestrator.run.outcome import Facts, log_result, never_began
 from orchestrator.run.prune import prune
 from orchestrator.run.survey import Storages
-from orchestrator.service import overview
+from orchestrator.service import overview, samples
 from orchestrator.service.api import server
 from orchestrator.service.api.base import Service
 from orchestrator.service.desk import Desk
@@ -189,6 +189,7 @@ class Engine:
         self.feed = Feed()
         self.requests = Requests()
         self.metrics = Metrics(config, self.status)
+        self.samples = samples.Samples()
         self._notifiers = Notifiers(config.notify)
         self._jobs = Jobs(self, self._notifiers)
         self._serves = supervise
@@ -207,7 +208,11 @@ class Engine:
                     self._notifiers.serving(),
                     aio.background(*([self._recover()] if recover else [])),
                     server.served(self.config.daemon, self._desk),
-                    aio.background(self.requests.serve(), *([self.metrics.serve()] if self._serves else [])),
+                    aio.background(
+                        self.requests.serve(),
+                        samples.serve(self.samples, self._storages_now),
+                        *([self.metrics.serve()] if self._serves else []),
+                    ),
                 ):
                     yield
 
@@ -243,10 +248,13 @@ class Engine:
         return Status(
             process=os.getpid(),
             started=self._started.isoformat(),
-            storages=_storage_statuses(self.config, self._storages, self._controller.accounts),
+            storages=self._storages_now(),
             runs=runs,
             queue=queue,
         )
+
+    def _storages_now(self) -> tuple[StorageStatus, ...]:
+        return _storage_statuses(self.config, self._storages, self._controller.accounts)
 
     async def back_up(
         self,

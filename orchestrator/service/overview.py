@@ -162,4 +162,5 @@ def _run_status(live: Live) -> RunStatus:
         copied_bytes=sum(disk.copied_bytes for disk in disks),
         fleecing_bytes=sum(disk.fleecing_bytes for disk in disks),
         grant_bytes=sum(disk.grant_bytes for disk in disks),
+        disks=disks,
     )

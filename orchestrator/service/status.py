@@ -6,6 +6,8 @@ Sizes are bytes; times are ISO 8601 with a zone. `as_json` and `from_json` are e
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from orchestrator.model import DiskProgress
+
 
 @dataclass(frozen=True, slots=True)
 class StorageStatus:
@@ -45,6 +47,7 @@ class RunStatus:
     copied_bytes: int
     fleecing_bytes: int
     grant_bytes: int
+    disks: tuple[DiskProgress, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,10 @@ class Status:
             process=document["process"],
             started=document["started"],
             storages=tuple(StorageStatus(**{**one, "lacks": tuple(one["lacks"])}) for one in document["storages"]),
-            runs=tuple(RunStatus(**one) for one in document["runs"]),
+            runs=tuple(_run(one) for one in document["runs"]),
             queue=tuple(WaitingStatus(**{**one, "reasons": tuple(one["reasons"])}) for one in document["queue"]),
         )
+
+
+def _run(one: dict[str, Any]) -> RunStatus:
+    return RunStatus(**{**one, "disks": tuple(DiskProgress(**disk) for disk in one["disks"])})

@@ -10,7 +10,9 @@ from orchestrator.service.api.base import Answers, CleanupOrder, RunsQuery, Serv
 from orchestrator.service.api.server import served as serve
 from orchestrator.service.documents import (
     Cleanup,
+    History,
     Jobs,
+    Protection,
     Request,
     RequestState,
     RunDetails,
@@ -36,6 +38,12 @@ class Recorded(Answers):
 
     def status(self) -> Status:
         return self._status()
+
+    async def protection(self) -> Protection:
+        return Protection("2026-11-23T02:30:00+00:00", ())
+
+    def storage_history(self) -> History:
+        return History(10, (), ())
 
     async def vms(self) -> Vms:
         return Vms(())

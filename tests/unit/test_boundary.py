@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.fleecing.boundary import WINDOW_BYTES, Boundary, Window, by_window, may_go_on
+from orchestrator.fleecing.boundary import CELLS, WINDOW_BYTES, Boundary, Window, by_window, may_go_on, swept
 
 SECTOR = 512
 sizes = st.integers(min_value=1, max_value=400).map(lambda sectors: sectors * SECTOR)
@@ -100,3 +101,44 @@ def test_old_data_is_counted_where_it_is(extents: list[tuple[int, int]], window:
 
 def test_a_window_is_whole_clusters() -> None:
     assert WINDOW_BYTES % (2 << 20) == 0  # the largest cluster of a qcow2 image
+
+
+# Drawn as a strip --------------------------------------------------------------------------------------------
+
+
+@given(sizes, windows, held, st.data())
+def test_each_cell_shows_the_worst_of_what_it_is_cut_from(
+    size: int, window: int, held_bytes: dict[int, int], data: st.DataObject
+) -> None:
+    boundary = Boundary(size, window).holding(held_bytes)
+    numbers = st.integers(0, boundary.count - 1)
+    boundary = replace(boundary, done=data.draw(st.frozensets(numbers)))
+    if left := sorted(set(range(boundary.count)) - boundary.done):
+        boundary = boundary.started(boundary.window(data.draw(st.sampled_from(left))))
+    strip = boundary.strip()
+    assert len(strip) == CELLS
+    for at, cell in enumerate(strip):
+        windows_there = {
+            byte // window
+            for byte in range(at * size // CELLS, max(at * size // CELLS + 1, -(-(at + 1) * size // CELLS)))
+        }
+        left_there = windows_there - boundary.done
+        holding = {number for number in left_there if held_bytes.get(number)}
+        worst = ">" if boundary.current in left_there else "o" if holding else "." if left_there else "#"
+        assert cell == worst, (at, windows_there)
+
+
+def test_a_strip_of_windows_looks_as_it_is_described() -> None:
+    boundary = Boundary(4 * 512, 512, done=frozenset({0}), current=2).holding({1: 100, 3: 0})
+    assert boundary.strip() == "#" * 16 + "o" * 16 + ">" * 16 + "." * 16
+
+
+@given(st.integers(1, 1 << 50), st.data())
+def test_what_one_job_copies_is_drawn_from_the_beginning(size: int, data: st.DataObject) -> None:
+    copied = data.draw(st.integers(0, size))
+    strip = swept(size, copied)
+    assert len(strip) == CELLS
+    done, now = strip.count("#"), strip.count(">")
+    assert strip == "#" * done + ">" * now + "." * (CELLS - done - now)
+    assert done * size <= copied * CELLS < (done + 1) * size
+    assert now == (0 < copied < size)

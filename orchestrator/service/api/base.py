@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.service.documents import (
     Cleanup,
+    History,
     Jobs,
+    Protection,
     Request,
     RunDetails,
     Runs,
@@ -72,6 +74,14 @@ class Answers(abc.ABC):
     @abc.abstractmethod
     def status(self) -> Status:
         """What is going on right now."""
+
+    @abc.abstractmethod
+    async def protection(self) -> Protection:
+        """How well each VM is protected. Raises StateError."""
+
+    @abc.abstractmethod
+    def storage_history(self) -> History:
+        """What storages held over time."""
 
     @abc.abstractmethod
     async def vms(self) -> Vms:

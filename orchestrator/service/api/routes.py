@@ -15,7 +15,9 @@ from orchestrator.service.api.base import Answers, CleanupOrder, Query, RunsQuer
 from orchestrator.service.documents import (
     Cleanup,
     Health,
+    History,
     Jobs,
+    Protection,
     Queue,
     Request,
     RunDetails,
@@ -111,6 +113,18 @@ ROUTES = (
     ),
     _get("/queue", "The runs that wait, and why", Queue, lambda a, _: Queue(a.status().queue)),
     _get("/storages", "Storages: quota, granted, used", Storages, lambda a, _: Storages(a.status().storages)),
+    _get(
+        "/storages/history",
+        "Storages over time: the most that was granted and used",
+        History,
+        lambda a, _: a.storage_history(),
+    ),
+    _get(
+        "/protection",
+        "How well each VM is protected: its last good run against its schedules",
+        Protection,
+        lambda a, _: a.protection(),
+    ),
     _get("/vms", "All VMs; each is asked, which takes a while if it is silent", Vms, lambda a, _: a.vms()),
     _get(
         "/vms/{vm}",
