@@ -26,7 +26,7 @@ demo: host-tools $(STAMP)
 
 # Style, types, layers; then the tests, side by side; those on real QEMU with real guests two at a time.
 test: tools lint
-	$(BIN)/python -m pytest -n auto --dist worksteal tests/unit tests/component tests/peer
+	$(BIN)/python -m pytest -n auto --dist worksteal tests/unit tests/component tests/peer tests/browser
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/faults tests/qemu
 
 # 240 backups under load, on all QEMUs, since what kills a guest may do so once in tens (half an hour on two cores);

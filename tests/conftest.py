@@ -20,6 +20,7 @@ ENTRY_POINT_LOOP = (
     "tests/faults/",
     "tests/peer/",
     "tests/component/",
+    "tests/browser/",
     *(f"tests/unit/test_{name}.py" for name in ("controller", "ledger", "merge", "restore", "target", "tools")),
 )
 """What takes long runs only on the loop that the command runs on, ..."""

@@ -157,7 +157,7 @@ def jobs(config: Config) -> Jobs:
 def protected(config: Config, catalogue: Catalogue, live: Status) -> Protection:
     """How well each VM is protected. Blocks. Raises StateError."""
     good, ended = catalogue.last_runs(outcomes=protection.GOOD), catalogue.last_runs()
-    under_way = {one.vm for one in (*live.runs, *live.queue)}
+    under_way = {one.vm for one in live.runs} | {one.vm for one in live.queue}
     return protection.of(config, good, ended, protection.Moment(datetime.now(UTC), under_way))
 
 

@@ -25,6 +25,7 @@ from prometheus_client.registry import Collector
 from orchestrator import __version__, aio, schedule
 from orchestrator.config import Config
 from orchestrator.model import RunResult
+from orchestrator.service.protection import GOOD
 from orchestrator.service.status import Status
 from orchestrator.state.catalogue import Catalogue, Entry
 
@@ -38,7 +39,6 @@ FILE_SECONDS = 30.0
 FILE_MODE = 0o644
 """node_exporter reads it, as a user of its own."""
 PAUSE_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-GOOD = ("succeeded", "warning")
 
 Values = Mapping[Any, float]
 """By the labels' values, in their order."""

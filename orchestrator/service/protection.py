@@ -87,15 +87,17 @@ def _of_vm(
         goods = [latest.good_by_job.get(job.name), latest.good_by_job.get(None) if one_target else None]
         good = max((one for one in goods if one is not None), key=_started, default=None)
         state, missed = _judge(job, good, moment, busy=vm in moment.under_way, failed_at=failed_at)
-        last = good.started if good else None
         promises.append(
-            JobProtection(job.name, state, last, missed.isoformat() if missed else None, due[job.name])
+            JobProtection(
+                job.name,
+                state,
+                last=good.started if good else None,
+                missed=missed.isoformat() if missed else None,
+                next_due=due[job.name],
+            )
         )
-    if promises:
-        state = min((one.state for one in promises), key=_WORST_FIRST.index)
-    else:
-        state = Protected.UNSCHEDULED
-    return VmProtection(vm, state, _good(latest.good), tuple(promises), _failure(latest))
+    worst = min((one.state for one in promises), key=_WORST_FIRST.index, default=Protected.UNSCHEDULED)
+    return VmProtection(vm, worst, _good(latest.good), tuple(promises), _failure(latest))
 
 
 def _judge(

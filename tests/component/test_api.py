@@ -93,7 +93,7 @@ async def test_it_is_plain_http_for_other_programs(run_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "route", "status", "code"),
     [
-        ("GET", "/", 404, "not-found"),
+        ("GET", "/page", 404, "not-found"),
         ("GET", "/api/v2/status", 404, "not-found"),
         ("POST", "/api/v1/status", 405, "method-not-allowed"),
         ("HEAD", "/api/v1/status/x", 404, None),

@@ -2,6 +2,7 @@
 # Installs what the tests, the demo and the benchmarks need: QEMU 10 from bookworm-backports, nbdcopy,
 # a C compiler for the guest's writer, file systems for storages to be tested on, restic to compare with, nbdkit
 # for disks that fail, systemd to check the unit with, promtool for the alert rules, shells to complete in, mandoc, jq and curl,
+# Chromium for the status page,
 # and what Debian's Python lacks to make a virtual environment.
 # Does nothing (and needs no root) where all of it is there already.
 set -eu
@@ -9,7 +10,7 @@ set -eu
 PATH=$PATH:/usr/sbin:/sbin # mkfs is there, which not every user's PATH has
 missing=""
 for tool in qemu-system-x86_64 qemu-img qemu-nbd nbdcopy gcc cpio mkfs.ext4 mkfs.xfs mkfs.btrfs restic fusermount3 nbdkit systemd-analyze \
-    zsh fish mandoc jq curl promtool; do
+    zsh fish mandoc jq curl promtool chromium; do
     command -v "$tool" >/dev/null 2>&1 || missing="$missing $tool"
 done
 "${PYTHON:-python3.11}" -c "import ensurepip" 2>/dev/null || missing="$missing python3.11-venv"
@@ -39,7 +40,7 @@ apt-get install -y -qq --no-install-recommends -t bookworm-backports \
     qemu-system-x86 qemu-utils seabios ipxe-qemu >/dev/null
 apt-get install -y -qq --no-install-recommends \
     libnbd-bin gcc libc6-dev cpio e2fsprogs xfsprogs btrfs-progs restic fuse3 nbdkit systemd \
-    zsh fish mandoc jq curl >/dev/null
+    zsh fish mandoc jq curl chromium >/dev/null
 case "$missing" in
 *promtool*) # without Debian's prometheus, which would start to serve
     unpacked=$(mktemp -d)

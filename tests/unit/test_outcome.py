@@ -93,7 +93,10 @@ def test_a_run_that_failed_early_has_no_disks_and_no_pause() -> None:
 
 def test_progress_shows_what_each_disk_has() -> None:
     assert facts().progress("web01", "0a1b2c3d", Phase.COPYING) == Progress(
-        "web01", "0a1b2c3d", Phase.COPYING, (DiskProgress("vda", 4096, 1024, 0, 2000),)
+        "web01",
+        "0a1b2c3d",
+        Phase.COPYING,
+        (DiskProgress("vda", 4096, 1024, 0, 2000, strip="#" * 16 + ">" + "." * 47),),
     )
 
 

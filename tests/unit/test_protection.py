@@ -1,4 +1,4 @@
-"""Which VMs are protected, judged at one moment from jobs and a history: a real catalogue, and a clock that stands."""
+"""Which VMs are protected, from their jobs and a real catalogue, at a moment that the test says."""
 
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta

@@ -7,6 +7,7 @@ guard       who may ask what
 token       the token that changing calls by TCP need
 connection  deadlines, and a limit
 unix        the control socket
+pages       the status page's files
 stream      server-sent events
 server      the listeners, and what every request goes through
 """

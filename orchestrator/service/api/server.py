@@ -11,7 +11,7 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 
 import structlog
@@ -33,7 +33,7 @@ from orchestrator.errors import (
     UnknownName,
     VmfleeceError,
 )
-from orchestrator.service.api import guard, openapi, stream, unix
+from orchestrator.service.api import guard, openapi, pages, stream, unix
 from orchestrator.service.api.base import Answers, Service
 from orchestrator.service.api.connection import Connections
 from orchestrator.service.api.routes import EVENTS, METRICS, OPENAPI, ROUTES, Call, Route
@@ -86,7 +86,7 @@ async def served(settings: DaemonSettings, answers: Answers) -> AsyncIterator[Ad
     with unix.bound(path) as listener, contextlib.ExitStack() as stack:
         stack.callback(listener.close)
         tcp = stack.enter_context(_bound(settings.listen)) if listens and settings.listen else None
-        server = _Server(settings, answers, path)
+        server = _Server(settings, answers, path, await asyncio.to_thread(pages.load))
         runner = web.AppRunner(
             server.application(),
             access_log=None,
@@ -135,10 +135,13 @@ class _Server:
     local: Connections
     remote: Connections
 
-    def __init__(self, settings: DaemonSettings, answers: Answers, path: Path) -> None:
+    def __init__(
+        self, settings: DaemonSettings, answers: Answers, path: Path, static: Mapping[str, pages.Page]
+    ) -> None:
         self._settings = settings
         self._answers = answers
         self._path = path
+        self._static = static
         self._names = {name.lower() for name in (*settings.hosts, socket.gethostname())}
         self._logged: dict[str, tuple[float, int]] = {}
 
@@ -150,6 +153,8 @@ class _Server:
         application.router.add_get(EVENTS, self._events, allow_head=False)
         application.router.add_get(OPENAPI, self._openapi, allow_head=False)
         application.router.add_get(METRICS, self._metrics, allow_head=False)
+        for path in self._static:
+            application.router.add_get(path, self._page, allow_head=False)
         return application
 
     def dropped(self, why: str) -> None:
@@ -247,6 +252,10 @@ class _Server:
 
     async def _openapi(self, _request: web.Request) -> web.StreamResponse:
         return web.json_response(openapi.document())
+
+    async def _page(self, request: web.Request) -> web.StreamResponse:
+        page = self._static[request.path]
+        return web.Response(body=page.body, headers=page.headers)
 
     async def _metrics(self, _request: web.Request) -> web.StreamResponse:
         return web.Response(body=self._answers.metrics(), headers={"Content-Type": METRICS_TYPE})
