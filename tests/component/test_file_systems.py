@@ -196,7 +196,7 @@ async def test_no_image_takes_more_than_its_grant_whatever_is_written_and_discar
                     ]
                 )
 
-            await image.attach(monitor, names, file, estimate.limit(grant_bytes))
+            await image.attach(monitor, names, file, estimate.limit(grant_bytes), discards=True)
             for start in (0, GIB):
                 # Written bit by bit, then eight clusters of each nine are given back: many holes.
                 places = [start + at * cluster for at in range(many)]
