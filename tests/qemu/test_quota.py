@@ -147,7 +147,7 @@ async def test_a_quota_that_is_too_small_for_the_guest_fails_each_try(
 ) -> None:
     monkeypatch.setattr(retry, "MINUTE_SECONDS", 0.1)
     host = Host(folder, vm, quota="320MiB", more=JOB)
-    arguments = argparse.Namespace(job="one", json=True)
+    arguments = argparse.Namespace(job="one", json=True, detach=False)
     job = asyncio.create_task(command.run_job(config.load(host.config), arguments))
     granted = await first_grants(host, job)
     assert job.result() == EXIT_FAILED
