@@ -27,8 +27,8 @@ class Accounts:
     def __init__(self, storages: Mapping[str, Storage]) -> None:
         self.leases = {}
         self.stranded = {}
-        self._storages = storages
-        self._peaks = dict.fromkeys(storages, 0)
+        self.storages = storages
+        self._peaks: defaultdict[str, int] = defaultdict(int)
         self._unreadable: set[str] = set()
 
     def state(self, storages: set[str]) -> State:
@@ -74,12 +74,12 @@ class Accounts:
         spare_bytes = 0
         if space is not None:
             spare_bytes = space.free_bytes - space.floor_bytes - (granted_bytes - used_bytes)
-        return StorageState(self._storages[name].quota_bytes, granted_bytes, spare_bytes, unmet_bytes, holders)
+        return StorageState(self.storages[name].quota_bytes, granted_bytes, spare_bytes, unmet_bytes, holders)
 
     def space(self, name: str) -> Space | None:
         """A storage's file system; None if it cannot be asked."""
         try:
-            space = self._storages[name].space()
+            space = self.storages[name].space()
         except StorageError as error:
             if name not in self._unreadable:
                 self._unreadable.add(name)

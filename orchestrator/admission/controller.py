@@ -23,7 +23,7 @@ import structlog
 from orchestrator import aio
 from orchestrator.admission import decide, estimate
 from orchestrator.admission.accounts import Accounts
-from orchestrator.admission.lease import Lease, Waiting
+from orchestrator.admission.lease import Lease, QuotaLowered, Waiting
 from orchestrator.admission.ledger.base import Grant, Holding, Ledger, Owner
 from orchestrator.admission.queue import HOST, Queue, Request, Slot
 from orchestrator.errors import FleecingError, StateError
@@ -48,7 +48,7 @@ class _Waiter:
     on_wait: Callable[[Waiting], None]
     told: frozenset[str] | None = None
     lease: Lease | None = None
-    error: StateError | None = None
+    error: StateError | QuotaLowered | None = None
     decided: asyncio.Event = field(default_factory=asyncio.Event)
     context: Context = field(default_factory=copy_context)
 
@@ -71,11 +71,7 @@ class Controller:
         self.accounts = Accounts(storages)
         self._ledger = ledger
         self._clock = clock
-        self._quotas = {name: storage.quota_bytes for name, storage in storages.items()}
-        limits = {HOST: max_runs}
-        limits |= {Slot("target", name): limit for name, limit in target_max_runs.items()}
-        limits |= {Slot("storage", name): storage.max_runs for name, storage in storages.items()}
-        self._queue = Queue({slot: limit for slot, limit in limits.items() if limit is not None})
+        self._queue = Queue(_limits(storages, max_runs, target_max_runs))
         self._waiters: dict[str, _Waiter] = {}
         self._newcomers: dict[str, _Waiter] = {}
         self._arrivals = count()
@@ -97,6 +93,43 @@ class Controller:
         finally:
             await self._ledger.close()
 
+    # --- limits ---
+
+    @asynccontextmanager
+    async def at_rest(self) -> AsyncIterator[None]:
+        """Nothing is granted for the block, in which limits may be changed; then those start who may by now."""
+        async with self._turn:
+            yield
+        await aio.finish(self._settle())
+
+    def limit(
+        self,
+        storages: Mapping[str, Storage],
+        *,
+        max_runs: int | None,
+        target_max_runs: Mapping[str, int | None],
+    ) -> None:
+        """Have other limits from now on; only `at_rest`, unless they only name more or fewer storages.
+
+        Among `storages` are all of which somebody holds or wants something. What is granted stays, also where it
+        is more than may be by now: then nothing new is granted until it fits. A run that waits for more than it
+        could ever get is told QuotaLowered.
+        """
+        self.accounts.storages = storages
+        waiting, self._queue = self._queue, Queue(_limits(storages, max_runs, target_max_runs))
+        for request in waiting:
+            self._queue.add(request)
+            if self._too_much(request):
+                self._decided(self._waiters[request.run], QuotaLowered())
+
+    def _too_much(self, request: Request) -> bool:
+        quotas = self._quotas
+        return any(size_bytes > quotas[name] for name, size_bytes in request.grants.items())
+
+    @property
+    def _quotas(self) -> dict[str, int]:
+        return {name: storage.quota_bytes for name, storage in self.accounts.storages.items()}
+
     # --- runs ---
 
     @asynccontextmanager
@@ -115,12 +148,14 @@ class Controller:
 
         `on_wait` is told why it waits, each time something else keeps it from starting. `monitor` is where the VM
         can be asked if we die. Cancellation while waiting holds nothing. Raises StateError where the ledger cannot
-        be used.
+        be used, QuotaLowered where it waits for more than there may be by now (see `limit`).
         """
         totals: dict[str, int] = {}
         for grant in disks.values():
             totals[grant.storage] = totals.get(grant.storage, 0) + grant.size_bytes
         request = Request(run, vm, target, priority, self._clock(), next(self._arrivals), totals)
+        if self._too_much(request):
+            raise QuotaLowered  # since it was planned
         owner = Owner(socket.gethostname(), os.getpid(), run, vm, monitor)
         waiter = self._waiters[run] = _Waiter(owner, request, disks, on_wait)
         self._newcomers[run] = waiter
@@ -285,14 +320,20 @@ class Controller:
                 await self._reload()  # another host was faster
                 return False
         except StateError as error:
-            waiter.error = error
+            self._decided(waiter, error)
         else:
             waiter.lease = self.accounts.leases[request.run] = Lease(request, dict(waiter.grants))
-        self._queue.remove(request.run)
-        del self._waiters[request.run]
-        self._newcomers.pop(request.run, None)
-        waiter.decided.set()
+            self._decided(waiter)
         return True
+
+    def _decided(self, waiter: _Waiter, error: StateError | QuotaLowered | None = None) -> None:
+        """It waits no more."""
+        run = waiter.request.run
+        waiter.error = error
+        self._queue.remove(run)
+        del self._waiters[run]
+        self._newcomers.pop(run, None)
+        waiter.decided.set()
 
     async def _reload(self) -> None:
         """What others hold, as the ledger has it."""
@@ -363,6 +404,15 @@ class Controller:
                 code="storage-low",
             )
         )
+
+
+def _limits(
+    storages: Mapping[str, Storage], max_runs: int | None, target_max_runs: Mapping[str, int | None]
+) -> dict[Slot, int]:
+    limits = {HOST: max_runs}
+    limits |= {Slot("target", name): limit for name, limit in target_max_runs.items()}
+    limits |= {Slot("storage", name): storage.max_runs for name, storage in storages.items()}
+    return {slot: limit for slot, limit in limits.items() if limit is not None}
 
 
 def _warn_of(holding: Holding) -> None:

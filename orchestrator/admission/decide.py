@@ -292,7 +292,8 @@ class _Room:
                 if least_bytes > enough_bytes:
                     return least_bytes
             sizes = [request.grants[storage] for _, request in islice(lane.entries, start, end)]
-            kept_bytes += sum(heapq.nlargest(at_once, sizes + held)) - sum(held)
+            # More may hold than run at once, once fewer may: those ahead get what they give back.
+            kept_bytes += max(0, sum(heapq.nlargest(at_once, sizes + held)) - sum(held))
             if kept_bytes > enough_bytes:
                 return kept_bytes
         return kept_bytes

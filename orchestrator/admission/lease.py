@@ -11,6 +11,10 @@ from orchestrator.errors import FleecingError
 from orchestrator.storage.base import ImageFile
 
 
+class QuotaLowered(Exception):
+    """What a run waits for is more than its storages may give at all by now: it has to ask for less."""
+
+
 @dataclass(frozen=True, slots=True)
 class Waiting:
     """Why a run waits.

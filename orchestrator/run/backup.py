@@ -25,7 +25,7 @@ import structlog
 from orchestrator import aio
 from orchestrator.admission import estimate
 from orchestrator.admission.controller import Controller
-from orchestrator.admission.lease import Lease, Waiting
+from orchestrator.admission.lease import Lease, QuotaLowered, Waiting
 from orchestrator.admission.ledger.base import Grant
 from orchestrator.errors import NobodyThere, StorageError, VmfleeceError
 from orchestrator.fleecing import bitmaps, coverage, graph, image, rotation, sink
@@ -188,20 +188,21 @@ class _Run:
                 planned = await self._survey(monitor)
                 for name in {one.storage for one in planned.disks if one.storage is not None}:
                     await asyncio.to_thread(self._means.storages.by_name[name].prepare)
-                async with self._admit(planned) as lease:
-                    # It may have waited for hours: the VM is asked again.
-                    await monitor.reconnect(deadline_seconds=copy.RECONNECT_SECONDS)
-                    if not (await self._survey(monitor)).is_like(planned):
-                        log.info("run.replanned")
-                        continue
-                    self._facts.warnings += planned.warnings
-                    try:
-                        await self._back_up(monitor, lease, planned, started)
-                        done = True
-                    except ParentUnusable:
-                        log.info("run.replanned")
-                    finally:
-                        await self._clean_up(lease)
+                try:
+                    async with self._admit(planned) as lease:
+                        # It may have waited for hours: the VM is asked again.
+                        await monitor.reconnect(deadline_seconds=copy.RECONNECT_SECONDS)
+                        if not (await self._survey(monitor)).is_like(planned):
+                            log.info("run.replanned")
+                            continue
+                        self._facts.warnings += planned.warnings
+                        try:
+                            await self._back_up(monitor, lease, planned, started)
+                            done = True
+                        finally:
+                            await self._clean_up(lease)
+                except (ParentUnusable, QuotaLowered):
+                    log.info("run.replanned")
 
     async def _forget_dead_runs(self) -> None:
         """Their images are out of this QEMU: nothing holds them any more."""

@@ -64,10 +64,14 @@ class DirectoryStorage(Storage):
     ) -> None:
         self.name = name
         self.path = path
+        self._probed: tuple[int, int] | None = None
+        self.limit(quota_bytes=quota_bytes, min_free=min_free, max_runs=max_runs)
+
+    def limit(self, *, quota_bytes: int, min_free: Share | int, max_runs: int | None) -> None:
+        """Have other limits from now on; what is there already stays."""
         self.quota_bytes = quota_bytes
         self.max_runs = max_runs
         self._min_free = min_free
-        self._probed: tuple[int, int] | None = None
 
     def prepare(self) -> tuple[Lack, ...]:
         with self._explained("use it"):
