@@ -22,6 +22,7 @@ SAME_SECONDS = 1.0
 
 T = TypeVar("T")
 A = TypeVar("A")
+Start = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
 UndoAct = Callable[[], Awaitable[object]]
 
 
@@ -66,21 +67,30 @@ def _ignore_stop_signals() -> None:
 
 
 @contextlib.asynccontextmanager
-async def background(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run coroutines beside the block and cancel them at its end.
+async def background(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[Start]:
+    """Run coroutines, and those that are started later, beside the block and cancel them at its end.
 
     An error of the block comes out as it is (a TaskGroup alone would wrap it); an error of a coroutine is a bug,
     ends the block and comes out as an ExceptionGroup.
     """
     failure: BaseException | None = None
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(coroutine) for coroutine in coroutines]
+        tasks: set[asyncio.Task[None]] = set()
+
+        def start(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+            task = group.create_task(coroutine)
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+            return task
+
+        for coroutine in coroutines:
+            start(coroutine)
         try:
-            yield
+            yield start
         except BaseException as error:  # noqa: BLE001  raised again below, outside the group
             failure = error
         finally:
-            for task in tasks:
+            for task in tuple(tasks):
                 task.cancel()
     if failure is not None:
         raise failure

@@ -57,7 +57,7 @@ Block = list[Line]
 
 def lines(status: Status, view: View) -> list[Line]:
     """All of a status. Where there is less height than lines, it says how many runs are not shown."""
-    head = [_title(status, view), _EMPTY, *_storages(status.storages, view), _EMPTY]
+    head = [_title(status, view), *_refused(status), _EMPTY, *_storages(status.storages, view), _EMPTY]
     runs_head, runs = _runs(status.runs, view)
     queue_head, queue = _queue(status.queue, view)
     if view.height is not None:
@@ -82,6 +82,15 @@ def _fitting(blocks: list[Block], room: int, view: View) -> list[Block]:
     ends = accumulate(_rows([block], view) for block in blocks)
     fitting = sum(end < room for end in ends)
     return [*blocks[:fitting], [Line(Text(f"and {len(blocks) - fitting} more", "dim"))]]
+
+
+def _refused(status: Status) -> Block:
+    """What is wrong with a configuration that did not come into force."""
+    if status.config is None or not status.config.refused:
+        return []
+    problems = [Line(Text(problem), 2) for problem in status.config.refused]
+    head = f"{status.config.path} was refused when it was read again; what was in force before still is:"
+    return [Line(Text(head, "bold red")), *problems]
 
 
 def _title(status: Status, view: View) -> Line:

@@ -9,6 +9,7 @@
     select      which VMs a pattern means       [pure]
     checks      what no single key can tell
     load        file in, Config or every problem at once out
+    change      what differs between two of them  [pure]
     settings    what leaves here: frozen, plain values; no other layer sees pydantic
 
 Nothing is ever ignored: a key that is not known, or whose feature is not there yet, is a problem.

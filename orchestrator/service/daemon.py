@@ -2,6 +2,7 @@
 
 SIGTERM and SIGINT cancel the runs under way; each puts its VM right before the daemon ends. What has not ended
 `stop_timeout` later, or when it is told again, is left as after a kill: the next start puts it right.
+SIGHUP has it read its configuration again (`reload`).
 """
 
 import asyncio
@@ -13,10 +14,10 @@ from typing import NoReturn
 import structlog
 
 from orchestrator import aio
-from orchestrator.config import Config
+from orchestrator.config import Config, JobSettings, change
 from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, VmfleeceError
 from orchestrator.model import Phase, Progress
-from orchestrator.service import engine, reclaim, scheduler, systemd
+from orchestrator.service import engine, reclaim, reload, scheduler, systemd
 from orchestrator.service.engine import Engine
 from orchestrator.service.reconciler import Reconciler
 from orchestrator.units import format_duration
@@ -31,37 +32,48 @@ async def serve(config: Config) -> None:
 
     Ends the process with EXIT_FAILED if that takes longer than `stop_timeout`, EXIT_INTERRUPTED if told twice.
     """
-    if not any(job.schedule for job in config.job.values()):
-        raise ConfigError(
-            f"{config.path} has no job with a schedule: the daemon would do nothing",
-            hint="add a [job.NAME] with schedule, vms and target",
-        )
+    if problem := change.idle(config):
+        raise ConfigError(problem, hint="add a [job.NAME] with schedule, vms and target")
     stop = asyncio.Event()
     async with engine.opened(config, supervise=True) as opened:
         abort = partial(_abort, opened, "told again", EXIT_INTERRUPTED)
-        with aio.told_to_stop(partial(_stop, config, opened, stop), abort):
-            await _serve(config, opened, stop)
+        with aio.told_to_stop(partial(_stop, opened, stop), abort), reload.asked() as told:
+            await _serve(opened, stop, told)
     log.info("daemon.stopped")
 
 
-async def _serve(config: Config, opened: Engine, stop: asyncio.Event) -> None:
+async def _serve(opened: Engine, stop: asyncio.Event, told: asyncio.Event) -> None:
     await opened.probe_storages()
     status = _Status()
+    at_start = set(opened.config.job)
 
     async def run(job: str, vms: Mapping[str, int] | None = None, /) -> None:
         await opened.run_job(job, vms, on_progress=status.update)
 
-    jobs = [scheduler.serve(job, run, opened.catalogue) for job in config.job.values()]
-    looking_after = _clear_targets(opened.reconciler)
-    reclaims = [reclaim.serve(target, opened.gates[name]) for name, target in config.target.items()]
-    async with aio.background(systemd.watchdog(), looking_after, *jobs, *reclaims):
+    async def take_turns(seat: scheduler.Seat[JobSettings]) -> None:
+        if seat.settings is not None and seat.settings.name in at_start:
+            at_start.discard(seat.settings.name)
+            await scheduler.catch_up(seat.settings, run, opened.catalogue)
+        await scheduler.serve(seat, run, opened.catalogue)
+
+    async with aio.background(systemd.watchdog(), _clear_targets(opened.reconciler)) as start:
+        jobs = scheduler.Seats(start, take_turns)
+        reclaims = scheduler.Seats(start, partial(reclaim.serve, gates=opened.gates))
+
+        def follow(config: Config) -> None:
+            jobs.follow(config.job)
+            reclaims.follow(config.target)
+
+        config = opened.config
+        follow(config)
+        start(reload.serve(told, opened, follow=follow, say=status.warn))
         log.info("daemon.ready", pid=os.getpid(), vms=len(config.vm), jobs=len(config.job))
         systemd.notify(READY="1", STATUS=f"{len(config.job)} jobs, no run under way")
         await stop.wait()
 
 
-def _stop(config: Config, opened: Engine, stop: asyncio.Event) -> None:
-    timeout_seconds = config.daemon.stop_timeout_seconds
+def _stop(opened: Engine, stop: asyncio.Event) -> None:
+    timeout_seconds = opened.config.daemon.stop_timeout_seconds
     log.info("daemon.stopping", timeout_seconds=timeout_seconds)
     systemd.notify(STOPPING="1", STATUS="ending the runs under way")
     # Not taken back: after the runs, it is threads that may hang, in a file system that does not answer.
@@ -88,10 +100,16 @@ async def _clear_targets(reconciler: Reconciler) -> None:
 
 
 class _Status:
-    """What `systemctl status` shows: which VM is in which phase."""
+    """What `systemctl status` shows: which VM is in which phase, and what is wrong with the configuration."""
 
     def __init__(self) -> None:
         self._phases: dict[str, Phase] = {}
+        self._warning = ""
+
+    def warn(self, warning: str) -> None:
+        """Show a warning from now on; none if it is empty."""
+        self._warning = warning
+        self._show()
 
     def update(self, progress: Progress) -> None:
         if self._phases.get(progress.vm) == progress.phase:
@@ -99,5 +117,9 @@ class _Status:
         self._phases[progress.vm] = progress.phase
         if progress.phase is Phase.CLEANING:
             del self._phases[progress.vm]
+        self._show()
+
+    def _show(self) -> None:
         runs = ", ".join(f"{vm} {phase}" for vm, phase in sorted(self._phases.items()))
-        systemd.notify(STATUS=runs or "no run under way")
+        shown = (self._warning, runs or "no run under way")
+        systemd.notify(STATUS="; ".join(part for part in shown if part))

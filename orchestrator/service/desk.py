@@ -37,14 +37,20 @@ if TYPE_CHECKING:
 
 
 class Desk(Answers):
-    """See the contract. `means` are those that the engine's runs use."""
+    """See the contract. What is asked for is looked up in the configuration in force."""
 
-    def __init__(self, engine: "Engine", means: Means, service: Service) -> None:
+    def __init__(self, engine: "Engine", service: Service) -> None:
         self.feed = engine.feed
         self.service = service
         self._engine = engine
-        self._config = engine.config
-        self._means = means
+
+    @property
+    def _config(self) -> Config:
+        return self._engine.config
+
+    @property
+    def _means(self) -> Means:
+        return self._engine.in_force.now.means
 
     def status(self) -> Status:
         return self._engine.status()
@@ -90,14 +96,17 @@ class Desk(Answers):
 
     def start(self, order: BackupOrder) -> Request:
         self._may_start()
-        wanted = orders.resolve(order, self._config)
+        setup = self._engine.in_force.now
+        wanted = orders.resolve(order, setup.config)
         runs = {vm: new_run_id() for vm in wanted.vms}
 
         async def work(on_progress: Callable[[Progress], None]) -> list[RunResult]:
             async with asyncio.TaskGroup() as group:
                 backups = [
                     group.create_task(
-                        self._engine.back_up(vm, wanted.options, on_progress=on_progress, run=runs[vm])
+                        self._engine.back_up(
+                            vm, wanted.options, on_progress=on_progress, run=runs[vm], setup=setup
+                        )
                     )
                     for vm in wanted.vms
                 ]

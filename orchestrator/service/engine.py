@@ -7,8 +7,8 @@ so there is one engine a host, and a VM has one run at a time.
 import asyncio
 import contextlib
 import os
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from functools import partial
@@ -21,10 +21,10 @@ from orchestrator import aio
 from orchestrator.admission.accounts import Accounts
 from orchestrator.admission.controller import Controller
 from orchestrator.admission.ledger.sqlite import SqliteLedger
-from orchestrator.config import Config
+from orchestrator.config import Config, change
 from orchestrator.config.settings import TargetDriver, TargetSettings
-from orchestrator.errors import StateError, StorageError, VmfleeceError
-from orchestrator.model import ErrorReport, Phase, Progress, RunOptions, RunResult
+from orchestrator.errors import ConfigError, StateError, StorageError, VmfleeceError
+from orchestrator.model import ErrorReport, Phase, Progress, RunOptions, RunResult, Vm
 from orchestrator.qemu import qmp
 from orchestrator.qemu.monitor import Monitor
 from orchestrator.run.backup import Connect, Means, back_up, new_run_id
@@ -37,12 +37,13 @@ from orchestrator.service.api.base import Service
 from orchestrator.service.desk import Desk
 from orchestrator.service.feed import Feed
 from orchestrator.service.hooks import JobHook
+from orchestrator.service.in_force import InForce, Setup
 from orchestrator.service.jobs import Jobs
 from orchestrator.service.metrics import Metrics
 from orchestrator.service.notify import Notifiers
 from orchestrator.service.reconciler import Reconciler
 from orchestrator.service.requests import Requests
-from orchestrator.service.status import Status, StorageStatus
+from orchestrator.service.status import ConfigStatus, Status, StorageStatus
 from orchestrator.service.supervisor import Supervisors
 from orchestrator.state import lock
 from orchestrator.state.catalogue import Catalogue
@@ -60,7 +61,7 @@ RECOVER_SECONDS = 60.0
 """How often it is tried to give back what dead runs hold."""
 
 
-def storages(config: Config) -> dict[str, Storage]:
+def storages(config: Config) -> dict[str, DirectoryStorage]:
     """The configured storages, by name."""
     return {
         name: DirectoryStorage(
@@ -102,20 +103,37 @@ async def offline_status(config: Config) -> Status:
         ledger = SqliteLedger(ledger_path(config))
         accounts.stranded = {holding.owner.run: holding for holding in await ledger.holdings()}
         await ledger.close()
-    return Status(process=None, started=None, storages=_storage_statuses(config, by_name, accounts))
+    return Status(process=None, started=None, storages=_storage_statuses(by_name, accounts))
 
 
-def _storage_statuses(
-    config: Config, by_name: Mapping[str, Storage], accounts: Accounts
-) -> tuple[StorageStatus, ...]:
-    return tuple(
-        overview.storage_status(config.storage[name], storage, accounts) for name, storage in by_name.items()
-    )
+def _storage_statuses(by_name: Mapping[str, DirectoryStorage], accounts: Accounts) -> tuple[StorageStatus, ...]:
+    return tuple(overview.storage_status(storage, accounts) for storage in by_name.values())
 
 
 def targets(config: Config) -> dict[str, Target]:
     """The configured targets, by name."""
     return {name: _target(settings) for name, settings in config.target.items()}
+
+
+def _storages_after(before: Setup, config: Config) -> dict[str, DirectoryStorage]:
+    """The storages of a configuration that follows another one: where the folder stays, so does the storage."""
+    found = storages(config)
+    for name, one in before.storages.items():
+        if name in found and found[name].path == one.path:
+            settings = config.storage[name]
+            one.limit(quota_bytes=settings.quota_bytes, min_free=settings.min_free, max_runs=settings.max_runs)
+            found[name] = one
+    return found
+
+
+def _targets_after(before: Setup, config: Config) -> dict[str, Target]:
+    """The same for targets, which keep what they have read if nothing of them changed."""
+    same = {
+        name: one
+        for name, one in before.targets.items()
+        if name in config.target and config.target[name] == before.config.target[name]
+    }
+    return targets(config) | same
 
 
 def _target(settings: TargetSettings) -> Target:
@@ -146,19 +164,20 @@ class Engine:
     """Runs backups of the configured VMs, each VM's one after the other."""
 
     def __init__(self, config: Config, connect: Connect, *, supervise: bool) -> None:
-        self.config = config
+        self._supervise = supervise
         self.catalogue = Catalogue(config.daemon.state_dir)
         self._journal = Journal(config.daemon.state_dir)
         self._started = datetime.now(UTC)
-        self._storages = storages(config)
-        targets_by_name = targets(config)
         self._controller = Controller(
-            self._storages,
-            SqliteLedger(ledger_path(config)),
-            max_runs=config.daemon.max_runs,
-            target_max_runs={name: one.max_runs for name, one in targets_by_name.items()},
+            {}, SqliteLedger(ledger_path(config)), max_runs=config.daemon.max_runs, target_max_runs={}
         )
-        self.gates = {name: aio.SharedLock() for name in config.target}
+        self.in_force = InForce(self._setup(config, storages(config), targets(config)))
+        """The configuration, and what it comes to."""
+        self._since = self._started
+        self.refused: tuple[str, ...] = ()
+        """Why the configuration file was refused when it was last read again, in words."""
+        self._limit()
+        self.gates: defaultdict[str, aio.SharedLock] = defaultdict(aio.SharedLock)
         """Held by each run to a target; alone by who frees space there."""
         self._vm_locks: dict[str, asyncio.Lock] = {}
         self._live: dict[str, overview.Live] = {}
@@ -166,8 +185,7 @@ class Engine:
         self.stopping = False
         """Whether vmfleece ends: its next start goes on with the jobs' turns that are cancelled then."""
         self.reconciler = Reconciler(
-            monitors={name: vm.qmp for name, vm in config.vms().items()},
-            targets=targets_by_name,
+            in_force=self.in_force,
             catalogue=self.catalogue,
             journal=self._journal,
             controller=self._controller,
@@ -176,24 +194,34 @@ class Engine:
             lock=self._vm_lock,
         )
         """What finds all that dead runs have left, anywhere, and puts it right."""
-        self._supervisors = Supervisors(config.vms().values() if supervise else (), connect, self.reconciler)
-        self._means = Means(
-            storages=storages_for_plans(config, self._storages, self._controller.accounts.used_bytes),
-            targets=targets_by_name,
+        self._supervisors = Supervisors(connect, self.reconciler)
+        self.jobs_under_way: Counter[str] = Counter()
+        self.feed = Feed()
+        self.requests = Requests()
+        self.metrics = Metrics(lambda: self.config, self.status)
+        self.samples = samples.Samples()
+        self._notifiers = Notifiers(config.notify)
+        self._jobs = Jobs(self, self._notifiers)
+        self._desk = Desk(self, Service.DAEMON if supervise else Service.COMMAND)
+        self._served: server.Served | None = None
+
+    @property
+    def config(self) -> Config:
+        """The configuration in force."""
+        return self.in_force.now.config
+
+    def _setup(
+        self, config: Config, its_storages: Mapping[str, DirectoryStorage], its_targets: Mapping[str, Target]
+    ) -> Setup:
+        means = Means(
+            storages=storages_for_plans(config, its_storages, self._controller.accounts.used_bytes),
+            targets=its_targets,
             controller=self._controller,
             is_ours=self.catalogue.knows,
             journal=self._journal,
             connect=self._reach,
         )
-        self.jobs_under_way: Counter[str] = Counter()
-        self.feed = Feed()
-        self.requests = Requests()
-        self.metrics = Metrics(config, self.status)
-        self.samples = samples.Samples()
-        self._notifiers = Notifiers(config.notify)
-        self._jobs = Jobs(self, self._notifiers)
-        self._serves = supervise
-        self._desk = Desk(self, self._means, Service.DAEMON if supervise else Service.COMMAND)
+        return Setup(config, its_storages, its_targets, means)
 
     @contextlib.asynccontextmanager
     async def serving(self, *, recover: bool) -> AsyncIterator[None]:
@@ -204,24 +232,72 @@ class Engine:
                 await self.enter(partial(self.metrics.remember, self.catalogue))
                 async with (
                     self._controller.serving(),
-                    self._supervisors.serving(),
+                    self._supervisors.serving(self._looked_after(self.config)),
                     self._notifiers.serving(),
                     aio.background(*([self._recover()] if recover else [])),
-                    server.served(self.config.daemon, self._desk),
+                    server.served(self.config.daemon, self._desk) as self._served,
                     aio.background(
                         self.requests.serve(),
                         samples.serve(self.samples, self._storages_now),
-                        *([self.metrics.serve()] if self._serves else []),
+                        *([self.metrics.serve()] if self._supervise else []),
                     ),
                 ):
                     yield
+
+    # --- the configuration ---
+
+    async def reload(self, config: Config) -> change.Change:
+        """Put a configuration in force. What is under way goes on with the one that it began with.
+
+        Raises ConfigError with all that is against it; StateError, `listen-unusable`, and VmfleeceError,
+        `token-file`, if the API cannot be served as it says. The one before is wholly in force then.
+        """
+        assert self._served is not None  # noqa: S101  `serving`
+        await self._served.check(config.daemon)
+        async with self._controller.at_rest():
+            # Nothing is awaited in here: whoever begins something finds all of the one, or all of the other.
+            before = self.in_force.now
+            if problems := change.refusals(before.config, config, busy=self.in_force.busy):
+                raise ConfigError(f"{config.path} cannot take effect while vmfleece runs", problems=problems)
+            self._served.take(config.daemon)
+            self.in_force.now = self._setup(
+                config, _storages_after(before, config), _targets_after(before, config)
+            )
+            self._limit()
+            self._since, self.refused = datetime.now(UTC), ()
+            self._notifiers.follow(config.notify)
+            self._supervisors.follow(self._looked_after(config))
+        await self._served.settle()
+        return change.between(before.config, config)
+
+    def _looked_after(self, config: Config) -> Iterable[Vm]:
+        return config.vm.values() if self._supervise else ()
+
+    @contextlib.contextmanager
+    def using(self, setup: Setup) -> Iterator[None]:
+        """What is begun with a configuration may use all of it for the block, whatever is in force meanwhile."""
+        with self.in_force.held(setup):
+            self._limit_if_other(setup)
+            yield
+        self._limit_if_other(setup)
+
+    def _limit_if_other(self, setup: Setup) -> None:
+        if setup is not self.in_force.now:
+            self._limit()
+
+    def _limit(self) -> None:
+        self._controller.limit(
+            self.in_force.storages(),
+            max_runs=self.config.daemon.max_runs,
+            target_max_runs=self.in_force.target_max_runs(),
+        )
 
     def _reach(self, path: Path, *, vm: str) -> AbstractAsyncContextManager[Monitor]:
         return self._supervisors.connect(path, vm=vm)
 
     async def probe_storages(self) -> None:
         """Look what each storage's file system can do, and log what it cannot; none of it ends the service."""
-        for storage in self._storages.values():
+        for storage in self.in_force.now.storages.values():
             try:
                 lacks = await asyncio.to_thread(storage.prepare)
             except StorageError as error:
@@ -251,10 +327,11 @@ class Engine:
             storages=self._storages_now(),
             runs=runs,
             queue=queue,
+            config=ConfigStatus(str(self.config.path), self._since.isoformat(), self.refused),
         )
 
     def _storages_now(self) -> tuple[StorageStatus, ...]:
-        return _storage_statuses(self.config, self._storages, self._controller.accounts)
+        return _storage_statuses(self.in_force.storages(), self._controller.accounts)
 
     async def back_up(
         self,
@@ -264,20 +341,24 @@ class Engine:
         on_progress: Callable[[Progress], None],
         run: str | None = None,
         hook: JobHook | None = None,
+        setup: Setup | None = None,
     ) -> RunResult:
         """Back up one VM once. Failures are outcomes; cancellation undoes everything, then is raised.
 
         A run that is ended by `end_run` is undone, too; that is an outcome. `hook` is called before and after.
+        `setup` is the configuration that names the VM and what is in `options`, if not the one in force.
         """
+        setup = setup or self.in_force.now
         run = run or new_run_id()
-        live = overview.Live(vm, run, self.config.vms()[vm].priority, options, datetime.now(UTC))
+        live = overview.Live(vm, run, setup.config.vm[vm].priority, options, datetime.now(UTC))
 
         def progressed(progress: Progress) -> None:
             live.progress = progress
             self.tell(progress, on_progress)
 
         try:
-            result = await aio.unless(live.told_to_end(), self._back_up(live, hook, progressed))
+            with self.using(setup):
+                result = await aio.unless(live.told_to_end(), self._back_up(live, setup, hook, progressed))
         except overview.RunCancelled:
             if live.result is not None:
                 return live.result
@@ -289,7 +370,7 @@ class Engine:
         return result
 
     async def _back_up(
-        self, live: overview.Live, hook: JobHook | None, progressed: Callable[[Progress], None]
+        self, live: overview.Live, setup: Setup, hook: JobHook | None, progressed: Callable[[Progress], None]
     ) -> RunResult:
         vm, run, options = live.vm, live.run, live.options
         gate = self.gates[options.target]
@@ -316,9 +397,9 @@ class Engine:
 
                 try:
                     ended = await back_up(
-                        self.config.vms()[vm],
+                        setup.config.vm[vm],
                         options,
-                        self._means,
+                        setup.means,
                         run=run,
                         on_progress=progressed,
                         enter=enter,
@@ -412,10 +493,12 @@ class Engine:
 
     async def prune(self, target: str, vm: str, *, merge: bool) -> None:
         """Remove what retention does not keep, now that there is a new snapshot. What fails is logged only."""
-        if keeps := self.config.keeps(target, vm):
+        setup = self.in_force.now  # what is to be kept by now
+        if target in setup.targets and (keeps := setup.config.keeps(target, vm)):
             try:
-                async with self._vm_lock(vm):
-                    await prune(self._means.targets[target], vm, keeps, merge=merge)
+                with self.using(setup):
+                    async with self._vm_lock(vm):
+                        await prune(setup.targets[target], vm, keeps, merge=merge)
             except VmfleeceError as error:
                 log.warning("prune.failed", vm=vm, target=target, error=str(error))
 

@@ -73,9 +73,9 @@ class _Pauses:
 
 
 class Metrics(Collector):
-    """Those of one service; `status` says what is going on."""
+    """Those of one service; `config` is what is in force, `status` says what is going on."""
 
-    def __init__(self, config: Config, status: Callable[[], Status]) -> None:
+    def __init__(self, config: Callable[[], Config], status: Callable[[], Status]) -> None:
         self._config = config
         self._status = status
         self._started = datetime.now(UTC)
@@ -116,8 +116,7 @@ class Metrics(Collector):
 
     async def serve(self) -> None:
         """Watch the event loop, and write the file if one is configured. Runs until cancelled."""
-        path = self._config.daemon.metrics_file
-        async with aio.background(*([self._keep_file(path)] if path is not None else [])):
+        async with aio.background(self._keep_file()):
             looks = 0
             while True:
                 due = time.monotonic() + LAG_SECONDS
@@ -125,10 +124,11 @@ class Metrics(Collector):
                 self._lags[looks % LAG_WINDOW] = max(0.0, time.monotonic() - due)
                 looks += 1
 
-    async def _keep_file(self, path: Path) -> None:
+    async def _keep_file(self) -> None:
         trouble = ""
         while True:
-            trouble = await self._write(path, trouble)
+            if (path := self._config().daemon.metrics_file) is not None:
+                trouble = await self._write(path, trouble)
             await asyncio.sleep(FILE_SECONDS)
 
     async def _write(self, path: Path, trouble: str) -> str:
@@ -166,8 +166,9 @@ class Metrics(Collector):
 
     def _of_vms(self) -> Iterator[Metric]:
         """Of all that are configured, whether they were ever backed up or not; and of others nothing."""
-        by_job = [(vm, job.name) for job in self._config.job.values() for vm in job.vms]
-        by_hand = [key for key in {*self._last, *self._success} if not key[1] and key[0] in self._config.vm]
+        config = self._config()
+        by_job = [(vm, job.name) for job in config.job.values() for vm in job.vms]
+        by_hand = [key for key in {*self._last, *self._success} if not key[1] and key[0] in config.vm]
         keys = [*by_job, *sorted(by_hand)]
         labels = ["vm", "backup_job"]
         success = {key: self._success[key].timestamp() if key in self._success else 0.0 for key in keys}
@@ -200,7 +201,7 @@ class Metrics(Collector):
 
     def _due(self, vm: str, job: str) -> datetime | None:
         """The turn after the last good one; after the start, where there was none. None: no schedule."""
-        settings = self._config.job[job]
+        settings = self._config().job[job]
         if settings.schedule is None:
             return None
         due = schedule.next_due(settings.schedule, self._success.get((vm, job), self._started))
@@ -220,7 +221,7 @@ class Metrics(Collector):
                 self._stored_bytes,
             ),
         ):
-            values = {(target,): by_target[target] for target in self._config.target}
+            values = {(target,): by_target[target] for target in self._config().target}
             yield _counter(name, about, ["target"], values)
         pauses = HistogramMetricFamily("vmfleece_guest_pause_seconds", "How long guests were held for a snapshot.")
         counts, total = [], 0

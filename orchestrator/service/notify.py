@@ -121,6 +121,10 @@ class Notifiers:
                     async with asyncio.timeout(LAST_WORDS_SECONDS):
                         await self._waiting.join()
 
+    def follow(self, notifiers: Mapping[str, NotifySettings]) -> None:
+        """Have others from now on. What people were told already is remembered."""
+        self._notifiers = notifiers
+
     def job_started(self, job: str) -> None:
         """Checks are told that it has."""
         for settings in self._of(job):

@@ -10,10 +10,9 @@ from typing import NoReturn
 
 from orchestrator.admission.accounts import Accounts
 from orchestrator.admission.controller import Controller
-from orchestrator.config import StorageSettings
 from orchestrator.model import Phase, Progress, RunOptions, RunResult
 from orchestrator.service.status import RunStatus, StorageStatus, WaitingStatus
-from orchestrator.storage.base import Storage
+from orchestrator.storage.directory import DirectoryStorage
 from orchestrator.units import format_duration
 
 PLANNING = "planning"
@@ -73,13 +72,13 @@ class Pausing:
         )
 
 
-def storage_status(settings: StorageSettings, storage: Storage, accounts: Accounts) -> StorageStatus:
+def storage_status(storage: DirectoryStorage, accounts: Accounts) -> StorageStatus:
     """One storage: what is granted and used, and what its file system says."""
     name = storage.name
     space = accounts.space(name)
     return StorageStatus(
         name=name,
-        path=str(settings.path),
+        path=str(storage.path),
         quota_bytes=storage.quota_bytes,
         granted_bytes=accounts.granted_bytes(name),
         stranded_bytes=accounts.stranded_bytes(name),

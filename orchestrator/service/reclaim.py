@@ -5,6 +5,8 @@ the same repository, or it cannot be reached, it is tried again for some hours.
 """
 
 import asyncio
+import contextlib
+from collections.abc import Mapping
 
 import structlog
 
@@ -22,10 +24,11 @@ PAUSE_SECONDS = 10 * 60.0
 WORTH_WAITING = (Cause.TARGET_BUSY, Cause.TARGET_GONE)
 
 
-async def serve(settings: TargetSettings, gate: aio.SharedLock) -> None:
-    """Do it at each turn until cancelled. `gate` is held by each run to the target."""
-    async for _due in scheduler.turns(settings.reclaim):
-        await free_space(settings, gate)
+async def serve(seat: scheduler.Seat[TargetSettings], gates: Mapping[str, aio.SharedLock]) -> None:
+    """Do it at each turn until cancelled. A target's gate is held by each run to it."""
+    async with contextlib.aclosing(scheduler.turns(seat, lambda settings: settings.reclaim)) as taken:
+        async for settings, _due in taken:
+            await free_space(settings, gates[settings.name])
 
 
 async def free_space(

@@ -24,6 +24,7 @@ from orchestrator.qemu.monitor import Monitor
 from orchestrator.run import quiesce, reconcile, survey
 from orchestrator.run.backup import Connect
 from orchestrator.run.reconcile import Act, Evidence, Reach, Repair, Vm
+from orchestrator.service.in_force import InForce
 from orchestrator.state import journal as journals
 from orchestrator.state.catalogue import Catalogue
 from orchestrator.state.journal import Intent, Journal
@@ -60,13 +61,12 @@ class Repaired:
 
 @dataclass(frozen=True, slots=True)
 class Reconciler:
-    """The engine's parts that it needs. `monitors` are the VMs' sockets by name; `running` tells VMs' live runs.
+    """The engine's parts that it needs. `running` tells VMs' live runs.
 
     `lock` is held for a VM while something in its QEMU is put right: no run of it begins meanwhile.
     """
 
-    monitors: Mapping[str, Path]
-    targets: Mapping[str, Target]
+    in_force: InForce
     catalogue: Catalogue
     journal: Journal
     controller: Controller
@@ -75,6 +75,16 @@ class Reconciler:
     lock: Callable[[str], AbstractAsyncContextManager[object]]
     guests: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
     """Held while a VM's guest is put right: an agent serves one client."""
+
+    @property
+    def monitors(self) -> dict[str, Path]:
+        """The configured VMs' sockets by name."""
+        return {name: vm.qmp for name, vm in self.in_force.now.config.vm.items()}
+
+    @property
+    def targets(self) -> Mapping[str, Target]:
+        """The configured targets by name."""
+        return self.in_force.now.targets
 
     # --- everything ---
 
@@ -281,35 +291,41 @@ class Reconciler:
             return Repaired(repair)
 
     async def _act(self, repair: Repair) -> bool:
-        """Whether it was still to be done."""
+        """Whether it was still to be done, and is ours to do."""
         if repair.act in GUESTS:
             return await self._put_guest_right(repair)
         if repair.act is Act.CLEAR_TARGET:
-            await self.targets[repair.subject].clear()
-            return True
+            if target := self.targets.get(repair.subject):  # it may not be configured any more
+                await target.clear()
+            return target is not None
         async with self.lock(repair.vm):
             if repair.vm in self.running():  # a run that began meanwhile has seen to it
                 return False
-            await self._act_on_vm(repair)
-            return True
+            return await self._act_on_vm(repair)
 
-    async def _act_on_vm(self, repair: Repair) -> None:
+    async def _act_on_vm(self, repair: Repair) -> bool:
+        """Whether it was ours to do: VM and target may not be configured any more."""
         match repair.act:
             case Act.TAKE_OUT:
-                path = self._monitor_of(repair)
+                if (path := self._monitor_of(repair)) is None:
+                    return False
                 async with self.connect(path, vm=repair.vm) as monitor:
                     await survey.recover(monitor, repair.vm, self.catalogue.knows, path=path, journal=self.journal)
             case Act.SETTLE_BITMAPS:
-                listed = [one.id for one in await self.targets[repair.subject].snapshots(repair.vm)]
-                async with self.connect(self.monitors[repair.vm], vm=repair.vm) as monitor:
+                target, path = self.targets.get(repair.subject), self.monitors.get(repair.vm)
+                if target is None or path is None:
+                    return False
+                listed = [one.id for one in await target.snapshots(repair.vm)]
+                async with self.connect(path, vm=repair.vm) as monitor:
                     await rotation.settle(monitor, repair.subject, listed)
             case Act.GIVE_BACK:
                 owners = [one for one in self.controller.stranded() if one.run == repair.subject]
                 await self.controller.forget(owners)
+        return True
 
-    def _monitor_of(self, repair: Repair) -> Path:
+    def _monitor_of(self, repair: Repair) -> Path | None:
         """A run that holds grants says itself where its VM was asked."""
         for owner in self.controller.stranded():
             if owner.run == repair.subject:
                 return Path(owner.monitor)
-        return self.monitors[repair.vm]
+        return self.monitors.get(repair.vm)

@@ -68,6 +68,18 @@ class WaitingStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class ConfigStatus:
+    """The configuration in force, and since when.
+
+    `refused`: everything for which its file did not come into force when it was last read again.
+    """
+
+    path: str
+    since: str
+    refused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """All of it. `process` is the vmfleece that answers (its process id), None if none runs."""
 
@@ -76,6 +88,7 @@ class Status:
     storages: tuple[StorageStatus, ...] = ()
     runs: tuple[RunStatus, ...] = ()
     queue: tuple[WaitingStatus, ...] = ()
+    config: ConfigStatus | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The status as a JSON document."""
@@ -84,12 +97,14 @@ class Status:
     @staticmethod
     def from_json(document: dict[str, Any]) -> "Status":
         """The status that a document describes."""
+        config = document.get("config")  # a daemon from before may answer
         return Status(
             process=document["process"],
             started=document["started"],
             storages=tuple(StorageStatus(**{**one, "lacks": tuple(one["lacks"])}) for one in document["storages"]),
             runs=tuple(_run(one) for one in document["runs"]),
             queue=tuple(WaitingStatus(**{**one, "reasons": tuple(one["reasons"])}) for one in document["queue"]),
+            config=ConfigStatus(**{**config, "refused": tuple(config["refused"])}) if config else None,
         )
 
 

@@ -94,11 +94,22 @@ class Supervisor:
 
     # --- its life ---
 
-    async def serve(self, *, delay_seconds: float) -> None:
-        """Look after the VM until cancelled, first after a delay, or as soon as somebody wants it."""
+    @property
+    def name(self) -> str:
+        """The VM's."""
+        return self._vm.name
+
+    async def serve(self, *, delay_seconds: float, after: "asyncio.Task[None] | None" = None) -> None:
+        """Look after the VM until cancelled, first after a delay, or as soon as somebody wants it.
+
+        Not before `after` has ended, however often it is cancelled: that still holds the same monitor.
+        Cancelled, it ends once all who borrowed the connection have returned it.
+        """
         pause_seconds = FIRST_PAUSE_SECONDS
         with structlog.contextvars.bound_contextvars(vm=self._vm.name):
             try:
+                if after is not None:
+                    await aio.finish(_ended(after))
                 await self._wait(delay_seconds)
                 while True:
                     if await self._lives():
@@ -106,9 +117,8 @@ class Supervisor:
                     await self._wait(pause_seconds)
                     pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
             finally:
-                self._tell(
-                    ConnectFailed(f"VM {self._vm.name}: vmfleece ends", hint="it is the next one's to connect")
-                )
+                ended = f"VM {self._vm.name}: vmfleece ends, or looks after it no more"
+                self._tell(ConnectFailed(ended, hint="it is the next one's to connect"))
 
     async def _wait(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -272,13 +282,20 @@ def _log_news(events: Iterable[Event]) -> None:
         log.info("vm.news", name=event.name, data=event.data, times=times)
 
 
+async def _ended(task: "asyncio.Task[None]") -> None:
+    await asyncio.wait([task])
+
+
 class Supervisors:
     """Those of all VMs. `connect` is what runs are given instead of the `connect` that they were made with."""
 
-    def __init__(self, vms: Iterable[Vm], connect: Connect, reconciler: Reconciler) -> None:
+    def __init__(self, connect: Connect, reconciler: Reconciler) -> None:
         self._connect = connect
-        self._by_path = {str(vm.qmp): Supervisor(vm, connect, reconciler) for vm in vms}
-        self._serving = False
+        self._reconciler = reconciler
+        self._by_path: dict[str, Supervisor] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        """Also those that end once what they lent is returned."""
+        self._start: aio.Start | None = None
 
     @property
     def monitors(self) -> set[str]:
@@ -287,19 +304,40 @@ class Supervisors:
 
     def connect(self, path: Path, *, vm: str) -> AbstractAsyncContextManager[Monitor]:
         """Borrow the connection to a VM that is looked after; others are connected to as without supervisors."""
-        if self._serving and str(path) in self._by_path:
-            return self._by_path[str(path)].lent()
+        if (one := self._by_path.get(str(path))) is not None:
+            return one.lent()
+        if (ending := self._tasks.get(str(path))) is not None and not ending.done():
+            return self._connected_after(ending, path, vm)
         return self._connect(path, vm=vm)
 
     @contextlib.asynccontextmanager
-    async def serving(self) -> AsyncIterator[None]:
-        """Look after all of them for the block. At its end, whoever borrowed a connection has returned it."""
-        self._serving = True
-        delayed = enumerate(self._by_path.values())
-        try:
-            async with aio.background(
-                *(one.serve(delay_seconds=number / STARTS_PER_SECOND) for number, one in delayed)
-            ):
+    async def _connected_after(self, ending: "asyncio.Task[None]", path: Path, vm: str) -> AsyncIterator[Monitor]:
+        await _ended(ending)
+        async with self._connect(path, vm=vm) as monitor:
+            yield monitor
+
+    def follow(self, vms: Iterable[Vm]) -> None:
+        """Look after these from now on. Another VM's connection is given up once nobody borrows it."""
+        assert self._start is not None  # noqa: S101  `serving`
+        wanted = {str(vm.qmp): vm for vm in vms}
+        for path, one in tuple(self._by_path.items()):
+            if path not in wanted or wanted[path].name != one.name:
+                del self._by_path[path]
+                self._tasks[path].cancel()
+        self._tasks = {path: task for path, task in self._tasks.items() if not task.done()}
+        for number, path in enumerate([path for path in wanted if path not in self._by_path]):
+            one = self._by_path[path] = Supervisor(wanted[path], self._connect, self._reconciler)
+            serve = one.serve(delay_seconds=number / STARTS_PER_SECOND, after=self._tasks.get(path))
+            self._tasks[path] = self._start(serve)
+
+    @contextlib.asynccontextmanager
+    async def serving(self, vms: Iterable[Vm]) -> AsyncIterator[None]:
+        """Look after these for the block. At its end, whoever borrowed a connection has returned it."""
+        async with aio.background() as start:
+            self._start = start
+            self.follow(vms)
+            try:
                 yield
-        finally:
-            self._serving = False
+            finally:
+                self._start = None
+                self._by_path = {}

@@ -178,8 +178,8 @@ async def test_an_address_that_is_taken_is_named(run_dir: Path, before: list[str
 async def test_a_command_does_not_listen(run_dir: Path) -> None:
     listen = Address("127.0.0.1", free_port())
     told = Recorded(lambda: Status(1, None), Service.COMMAND)
-    async with server.served(answers.settings(run_dir, listen=listen), told) as address:
-        assert address is None
+    async with server.served(answers.settings(run_dir, listen=listen), told) as serving:
+        assert serving.address is None
         with pytest.raises(ConnectionRefusedError):
             await asyncio.open_connection(listen.host, listen.port)
 

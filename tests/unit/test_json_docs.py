@@ -31,6 +31,7 @@ CLASSES = (
     status.StorageStatus,
     status.RunStatus,
     status.WaitingStatus,
+    status.ConfigStatus,
     Snapshot,
     SnapshotDisk,
     Restored,

@@ -75,7 +75,8 @@ def result(
 @pytest.fixture
 def told(tmp_path: Path) -> Metrics:
     (tmp_path / "vmfleece.toml").write_text(CONFIG.format(tmp_path))
-    return Metrics(config.load(tmp_path / "vmfleece.toml"), lambda: STATUS)
+    loaded = config.load(tmp_path / "vmfleece.toml")
+    return Metrics(lambda: loaded, lambda: STATUS)
 
 
 def values(told: Metrics) -> dict[str, float]:

@@ -4,16 +4,19 @@ import asyncio
 import contextlib
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
+from orchestrator import aio
 from orchestrator.config import JobSettings
 from orchestrator.errors import StateError
 from orchestrator.model import Fleecing, RunOptions
 from orchestrator.service import scheduler
+from orchestrator.service.scheduler import Seat, Seats
 from orchestrator.state.catalogue import Catalogue
 
 START = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
@@ -27,6 +30,12 @@ def at(hour: float, day: int = 22) -> datetime:
 def job(schedule: str | None = "*-*-* 14:00 UTC", **changes: Any) -> JobSettings:
     settings: dict[str, Any] = {"randomized_delay_seconds": 0.0, "repeat_missed": False, "retries": 0} | changes
     return JobSettings("nightly", ("web01",), RunOptions("main", Fleecing()), schedule, **settings)
+
+
+async def serve(one: JobSettings, run: scheduler.Run, catalogue: Catalogue) -> None:
+    """A job from the daemon's start on."""
+    await scheduler.catch_up(one, run, catalogue)
+    await scheduler.serve(Seat(one), run, catalogue)
 
 
 class Clock:
@@ -67,7 +76,7 @@ async def served(
     clock = Clock(monkeypatch, until)
     clock.takes = takes
     with capture_logs() as lines, pytest.raises(asyncio.CancelledError):
-        await scheduler.serve(one, clock.run, catalogue)
+        await serve(one, clock.run, catalogue)
     assert max(clock.sleeps, default=0) <= scheduler.LONGEST_SLEEP_SECONDS
     return clock.runs, [dict(line) for line in lines]
 
@@ -89,12 +98,12 @@ async def test_a_job_without_a_schedule_is_never_due(catalogue: Catalogue) -> No
     async def run(name: str, _vms: Mapping[str, int] | None = None, /) -> None:
         pytest.fail(name)
 
-    await asyncio.wait_for(scheduler.serve(job(None), run, catalogue), 5)
+    await asyncio.wait_for(serve(job(None), run, catalogue), 5)
 
 
 async def test_a_job_that_never_comes_again_ends(monkeypatch: pytest.MonkeyPatch, catalogue: Catalogue) -> None:
     clock = Clock(monkeypatch, at(0, day=30))
-    await scheduler.serve(job("2026-11-23 02:00 UTC"), clock.run, catalogue)
+    await serve(job("2026-11-23 02:00 UTC"), clock.run, catalogue)
     assert clock.runs == [at(2, day=23)]
 
 
@@ -137,7 +146,7 @@ async def test_a_turn_that_was_interrupted_is_finished_at_the_next_start(
     catalogue.begin_turn("nightly", {"web01": 0, "gone": 0})
     clock = Clock(monkeypatch, at(13))
     with capture_logs() as lines, contextlib.suppress(asyncio.CancelledError):
-        await scheduler.serve(job(schedule, retries=1), clock.run, catalogue)
+        await serve(job(schedule, retries=1), clock.run, catalogue)
     assert (clock.runs, clock.vms) == ([START], [{"web01": 1}])
     (said,) = [line for line in lines if line["event"] == "job.interrupted"]
     assert (said["vms"], said["given_up"]) == (["web01"], ["gone"])
@@ -152,7 +161,7 @@ async def test_a_turn_that_was_interrupted_is_not_finished_once_another_was_miss
     catalogue.begin_turn("nightly", {"web01": 0})
     clock = Clock(monkeypatch, at(13))
     with contextlib.suppress(asyncio.CancelledError):
-        await scheduler.serve(job(repeat_missed=repeat_missed, retries=2), clock.run, catalogue)
+        await serve(job(repeat_missed=repeat_missed, retries=2), clock.run, catalogue)
     assert clock.vms == ([None] if repeat_missed else [])
 
 
@@ -198,7 +207,7 @@ async def test_a_turn_is_remembered_before_it_is_taken(
 
     Clock(monkeypatch, at(15))
     with pytest.raises(asyncio.CancelledError):
-        await scheduler.serve(job(), killed, catalogue)
+        await serve(job(), killed, catalogue)
     assert seen == [at(14)]
 
 
@@ -213,7 +222,7 @@ async def test_a_job_that_cannot_go_on_is_said_so_and_taken_again_at_its_next_tu
             raise StateError("no space left", code="state-unusable")
 
     with capture_logs() as lines, pytest.raises(asyncio.CancelledError):
-        await scheduler.serve(job(), failing, catalogue)
+        await serve(job(), failing, catalogue)
     assert clock.runs == [at(14), at(14, day=23)]
     assert [(line["code"], line["error"]) for line in lines if line["event"] == "job.failed"] == [
         ("state-unusable", "no space left")
@@ -243,5 +252,87 @@ async def test_a_clock_that_is_set_forward_is_noticed_within_a_minute(
 
     monkeypatch.setattr(asyncio, "sleep", jumping)
     with capture_logs(), pytest.raises(asyncio.CancelledError):
-        await scheduler.serve(job(), clock.run, catalogue)
+        await serve(job(), clock.run, catalogue)
     assert clock.runs == [at(15)]
+
+
+# --- settings that change ---
+
+
+async def changed(
+    monkeypatch: pytest.MonkeyPatch,
+    catalogue: Catalogue,
+    first: JobSettings,
+    then: JobSettings | None,
+    *,
+    when: datetime,
+    until: datetime,
+) -> list[datetime]:
+    """When turns were taken, of a job that is another one from a time on."""
+    clock = Clock(monkeypatch, until)
+    seats: dict[str, Seat[JobSettings]] = {"nightly": Seat(first)}
+    sleep = clock.sleep
+
+    async def changing(seconds: float) -> None:
+        await sleep(seconds)
+        if clock.now >= when:
+            seats["nightly"].change(then)
+            await REAL_SLEEP(0)
+
+    monkeypatch.setattr(asyncio, "sleep", changing)
+    with capture_logs(), contextlib.suppress(asyncio.CancelledError):
+        await scheduler.serve(seats["nightly"], clock.run, catalogue)
+    return clock.runs
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (job(), job("*-*-* 16:00 UTC"), at(13), [at(16)]),  # before it is due
+        (job(), job("*-*-* 16:00 UTC"), at(15), [at(14), at(16)]),  # and after
+        (job(), job("*-*-* 12:30 UTC"), at(13), []),  # what had been due is not caught up with
+        (job(), job(retries=2), at(13), [at(14)]),
+        (job(), None, at(13), []),
+        (job(), None, at(15), [at(14)]),
+        (job(), job(None), at(13), []),
+        # due at 14:00, and delayed: it is taken if it is still to be
+        (job(randomized_delay_seconds=7000.0), job(), at(14.01), [at(14.01)]),
+        (job(randomized_delay_seconds=7000.0), job("*-*-* 16:00 UTC"), at(14.01), [at(16)]),
+    ],
+)
+async def test_a_job_that_is_changed_takes_its_next_turn_as_it_says_then(
+    monkeypatch: pytest.MonkeyPatch,
+    catalogue: Catalogue,
+    case: tuple[JobSettings, JobSettings | None, datetime, list[datetime]],
+) -> None:
+    first, then, when, taken = case
+    runs = await changed(monkeypatch, catalogue, first, then, when=when, until=at(17))
+    assert len(runs) == len(taken)
+    assert all(abs(one - other) < timedelta(minutes=2) for one, other in zip(runs, taken, strict=True))
+
+
+async def test_a_turn_that_has_begun_is_finished_whatever_becomes_of_its_job(catalogue: Catalogue) -> None:
+    begun, end, runs = asyncio.Event(), asyncio.Event(), 0
+
+    async def run(_name: str, _vms: Mapping[str, int] | None = None, /) -> None:
+        nonlocal runs
+        begun.set()
+        await end.wait()
+        runs += 1
+
+    often, never = job("*-*-* *:*:* UTC"), job("2040-01-01")
+    async with aio.background() as start, asyncio.timeout(20):
+        seats = Seats[JobSettings](start, partial(scheduler.serve, run=run, catalogue=catalogue))
+        seats.follow({"nightly": often})
+        await begun.wait()
+        for settings in ({}, {"nightly": often}, {"nightly": never}, {}, {"nightly": never}):
+            seats.follow(settings)
+            await asyncio.sleep(0)
+        end.set()
+        while not runs:
+            await asyncio.sleep(0.01)
+        begun.clear()
+        await asyncio.sleep(0)
+        seats.follow({"nightly": often})
+        await begun.wait()
+    assert runs >= 1

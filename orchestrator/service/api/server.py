@@ -11,7 +11,7 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 
 import structlog
@@ -71,8 +71,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @contextlib.asynccontextmanager
-async def served(settings: DaemonSettings, answers: Answers) -> AsyncIterator[Address | None]:
-    """Answer on the control socket for the block, and of a daemon also by TCP, if that is configured: there.
+async def served(settings: DaemonSettings, answers: Answers) -> AsyncIterator["Served"]:
+    """Answer on the control socket for the block, and of a daemon also by TCP, if that is configured.
 
     Makes run_dir if it is missing. Raises StateError: `run-dir-in-use` if somebody serves there already,
     `state-unusable` if no socket can be made there, `listen-unusable` if the address cannot be had; and
@@ -80,53 +80,108 @@ async def served(settings: DaemonSettings, answers: Answers) -> AsyncIterator[Ad
     the block ends.
     """
     path = unix.socket_path(settings.run_dir)
-    listens = settings.listen is not None and answers.service is Service.DAEMON
-    if listens:
-        await asyncio.to_thread(read_token, settings.token_file)  # what is wrong with it is said now
+    server = _Server(settings, answers, path, await asyncio.to_thread(pages.load))
+    tcp = Served(server, answers.service)
+    await tcp.check(settings)
     with unix.bound(path) as listener, contextlib.ExitStack() as stack:
         stack.callback(listener.close)
-        tcp = stack.enter_context(_bound(settings.listen)) if listens and settings.listen else None
-        server = _Server(settings, answers, path, await asyncio.to_thread(pages.load))
+        stack.callback(tcp.close)
+        tcp.take(settings)
         runner = web.AppRunner(
             server.application(),
             access_log=None,
             shutdown_timeout=SHUTDOWN_SECONDS,
             lingering_time=LINGER_SECONDS,
         )
+        local: asyncio.Server | None = None
         try:
             await runner.setup()
             assert runner.server is not None  # noqa: S101  setup() made it
             loop = asyncio.get_running_loop()
             server.local = Connections(runner.server, server.dropped)
             server.remote = Connections(runner.server, server.dropped)
-            listening = [await loop.create_unix_server(server.local, sock=listener, start_serving=False)]
-            if tcp is not None:
-                listening.append(await loop.create_server(server.remote, sock=tcp, start_serving=False))
-            for one in listening:
-                await one.start_serving()
-            yield Address(*tcp.getsockname()[:2]) if tcp is not None else None
+            local = await loop.create_unix_server(server.local, sock=listener, start_serving=False)
+            await tcp.settle()
+            await local.start_serving()
+            yield tcp
         finally:
             answers.feed.end()
-            for one in listening:
-                one.close()
+            if local is not None:
+                local.close()
+            tcp.close()
             await aio.finish(runner.cleanup())
 
 
-@contextlib.contextmanager
-def _bound(address: Address) -> Iterator[socket.socket]:
+class Served:
+    """Where is answered by TCP, which may be changed: `check`, then `take`, then `settle`."""
+
+    def __init__(self, server: "_Server", service: Service) -> None:
+        self._server = server
+        self._service = service
+        self._bound: dict[Address, socket.socket] = {}
+        self._serving: dict[Address, asyncio.Server] = {}
+        self._wanted: Address | None = None
+
+    @property
+    def address(self) -> Address | None:
+        """Where is listened; None: not by TCP."""
+        return self._wanted
+
+    async def check(self, settings: DaemonSettings) -> None:
+        """Look at the token: what is wrong with it is said now. Raises VmfleeceError, `token-file`."""
+        if self._listens_at(settings) is not None:
+            await asyncio.to_thread(read_token, settings.token_file)
+
+    def take(self, settings: DaemonSettings) -> None:
+        """Have the address, and go by these settings from now on. Raises StateError, and nothing has changed then.
+
+        Connections to an address that is left go on to their ends.
+        """
+        wanted = self._listens_at(settings)
+        if wanted is not None and wanted not in self._bound:
+            self._bound[wanted] = _bound(wanted)
+        self._wanted = wanted
+        self._server.go_by(settings)
+
+    async def settle(self) -> None:
+        """Answer there, and at no address from before."""
+        for address in [one for one in self._bound if one != self._wanted]:
+            self._close(address)
+        if self._wanted is not None and self._wanted not in self._serving:
+            loop = asyncio.get_running_loop()
+            self._serving[self._wanted] = await loop.create_server(
+                self._server.remote, sock=self._bound[self._wanted]
+            )
+
+    def close(self) -> None:
+        """Answer nowhere. May be called again."""
+        for address in tuple(self._bound):
+            self._close(address)
+
+    def _close(self, address: Address) -> None:
+        if (serving := self._serving.pop(address, None)) is not None:
+            serving.close()
+        self._bound.pop(address).close()
+
+    def _listens_at(self, settings: DaemonSettings) -> Address | None:
+        return settings.listen if self._service is Service.DAEMON else None
+
+
+def _bound(address: Address) -> socket.socket:
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((address.host, address.port))
-            listener.listen(BACKLOG)
-        except OSError as error:
-            raise StateError(
-                f"cannot listen on {address}: {error.strerror}",
-                hint="is somebody else listening there? Set daemon.listen to another address",
-                code="listen-unusable",
-            ) from error
-        yield listener
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address.host, address.port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise StateError(
+            f"cannot listen on {address}: {error.strerror}",
+            hint="is somebody else listening there? Set daemon.listen to another address",
+            code="listen-unusable",
+        ) from error
+    return listener
 
 
 class _Server:
@@ -138,12 +193,16 @@ class _Server:
     def __init__(
         self, settings: DaemonSettings, answers: Answers, path: Path, static: Mapping[str, pages.Page]
     ) -> None:
-        self._settings = settings
         self._answers = answers
         self._path = path
         self._static = static
-        self._names = {name.lower() for name in (*settings.hosts, socket.gethostname())}
+        self.go_by(settings)
         self._logged: dict[str, tuple[float, int]] = {}
+
+    def go_by(self, settings: DaemonSettings) -> None:
+        """Have these settings from now on."""
+        self._settings = settings
+        self._names = {name.lower() for name in (*settings.hosts, socket.gethostname())}
 
     def application(self) -> web.Application:
         """All routes, behind the guard."""
