@@ -201,7 +201,9 @@ async def main(folder: Path) -> None:
             launched(playwright) as browser,
         ):
             for name, (scheme, width, height) in PICTURES.items():
-                page = await browser.new_page(color_scheme=scheme, viewport={"width": width, "height": height})
+                page = await browser.new_page(
+                    reduced_motion="reduce", color_scheme=scheme, viewport={"width": width, "height": height}
+                )
                 await page.goto(f"http://{listen}/")
                 await page.wait_for_selector("#past tr")
                 await page.wait_for_selector("#connection[data-state=live]")
