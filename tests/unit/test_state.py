@@ -212,6 +212,36 @@ def test_a_catalogue_of_the_first_format_is_taken_over(catalogue: Catalogue, tmp
 
 
 @pytest.mark.parametrize(
+    "ask",
+    [
+        lambda one: one.last_runs(),
+        lambda one: one.last_runs(outcomes=["succeeded", "warning"]),
+        lambda one: one.entries(limit=3),
+        lambda one: one.entries(job="nightly", limit=3),
+        lambda one: one.entries(vm="web01", outcomes=["failed", None], limit=3),
+        lambda one: one.results("web01"),
+        lambda one: one.entry("r"),
+        lambda one: one.runs(),
+    ],
+)
+def test_no_question_reads_a_long_history_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Callable[[Catalogue], object]
+) -> None:
+    """Also in a history that an older vmfleece began, without an index."""
+    Catalogue(tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "catalogue.sqlite")) as connection:
+        connection.executescript("DROP INDEX runs_by_start; DROP INDEX runs_by_vm; PRAGMA user_version = 2")
+        again, asked = Catalogue(tmp_path), list[str]()
+        connection.set_trace_callback(asked.append)
+        monkeypatch.setattr(again._database, "transaction", lambda: contextlib.nullcontext(connection))
+        ask(again)
+        (query,) = asked
+        plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {query}")]
+    assert plan
+    assert not [step for step in plan if step.startswith("SCAN runs") and "INDEX" not in step], plan
+
+
+@pytest.mark.parametrize(
     "act",
     [
         lambda one: one.begin("r", "v", None, STARTED),
