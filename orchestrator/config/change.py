@@ -50,16 +50,7 @@ def refusals(old: Config, new: Config, *, busy: bool) -> tuple[str, ...]:
         for name, before in old.storage.items()
         if busy and name in new.storage and new.storage[name].path != before.path
     ]
-    if problem := idle(new):
-        problems.append(problem)
     return tuple(problems)
-
-
-def idle(config: Config) -> str:
-    """Why a service with it would have nothing to do, in words; empty if it has."""
-    if any(job.schedule for job in config.job.values()):
-        return ""
-    return f"{config.path} has no job with a schedule: the daemon would do nothing"
 
 
 def _parts(config: Config) -> Iterator[tuple[str, Any]]:

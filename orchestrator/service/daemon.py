@@ -14,8 +14,8 @@ from typing import NoReturn
 import structlog
 
 from orchestrator import aio
-from orchestrator.config import Config, JobSettings, change
-from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, VmfleeceError
+from orchestrator.config import Config, JobSettings
+from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, VmfleeceError
 from orchestrator.model import Phase, Progress
 from orchestrator.service import engine, reclaim, reload, scheduler, systemd
 from orchestrator.service.engine import Engine
@@ -28,12 +28,10 @@ RECONCILE_SECONDS = 600.0
 
 
 async def serve(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT. Raises StateError if another vmfleece runs, ConfigError without jobs.
+    """Serve until SIGTERM or SIGINT. Raises StateError if another vmfleece runs.
 
     Ends the process with EXIT_FAILED if that takes longer than `stop_timeout`, EXIT_INTERRUPTED if told twice.
     """
-    if problem := change.idle(config):
-        raise ConfigError(problem, hint="add a [job.NAME] with schedule, vms and target")
     stop = asyncio.Event()
     async with engine.opened(config, supervise=True) as opened:
         abort = partial(_abort, opened, "told again", EXIT_INTERRUPTED)
@@ -63,13 +61,21 @@ async def _serve(opened: Engine, stop: asyncio.Event, told: asyncio.Event) -> No
         def follow(config: Config) -> None:
             jobs.follow(config.job)
             reclaims.follow(config.target)
+            if not _scheduled(config):
+                log.warning("jobs.unscheduled", path=str(config.path))
 
         config = opened.config
         follow(config)
         start(reload.serve(told, opened, follow=follow, say=status.warn))
-        log.info("daemon.ready", pid=os.getpid(), vms=len(config.vm), jobs=len(config.job))
-        systemd.notify(READY="1", STATUS=f"{len(config.job)} jobs, no run under way")
+        scheduled = _scheduled(config)
+        log.info("daemon.ready", pid=os.getpid(), vms=len(config.vm), jobs=len(config.job), scheduled=scheduled)
+        systemd.notify(READY="1", STATUS=f"{scheduled} jobs with a schedule, no run under way")
         await stop.wait()
+
+
+def _scheduled(config: Config) -> int:
+    """How many jobs have turns of their own. With none, it only does what it is asked for."""
+    return sum(job.schedule is not None for job in config.job.values())
 
 
 def _stop(opened: Engine, stop: asyncio.Event) -> None:

@@ -199,11 +199,6 @@ def test_a_target_must_be_named_where_there_are_two(run: Run, config: Path, tmp_
     assert_said(run("backup", "web01", "--config", config), 2, "which target? Name one", "main, other")
 
 
-def test_a_daemon_without_a_scheduled_job_would_do_nothing(run: Run, config: Path) -> None:
-    replaced(config, 'schedule = "02:30 UTC"\n', "")
-    assert_said(run("daemon", "--config", config), 2, "no job with a schedule")
-
-
 # --- VMs that cannot be reached, and state that cannot be had ---
 
 
@@ -396,6 +391,25 @@ def test_a_daemon_is_ready_and_stops_when_told(
         names = [event["event"] for event in events(process)]
     assert names[-2:] == ["daemon.stopping", "daemon.stopped"]
     assert "daemon.ready" in names
+
+
+@pytest.mark.parametrize("schedule", ["", 'schedule = "02:30 UTC"\n'])
+def test_a_daemon_without_a_scheduled_job_serves_and_says_so(
+    run: Run, config: Path, systemd: Callable[[], dict[str, str]], schedule: str
+) -> None:
+    replaced(config, 'schedule = "02:30 UTC"\n', schedule)
+    with daemon(config) as process:
+        assert systemd()["STATUS"].startswith(f"{int(bool(schedule))} jobs with a schedule")
+        done = run("job", "run", "nightly", "--json", "--config", config)
+        assert done.returncode == 1
+        assert {one["error"]["code"] for one in json.loads(done.stdout)["runs"]} == {"vm-unreachable"}
+        process.terminate()
+        assert process.wait(30) == 0
+        lines = events(process)
+    (ready,) = [line for line in lines if line["event"] == "daemon.ready"]
+    assert ready["scheduled"] == int(bool(schedule))
+    unscheduled = [(line["level"], line["path"]) for line in lines if line["event"] == "jobs.unscheduled"]
+    assert unscheduled == ([] if schedule else [("warning", str(config))])
 
 
 def test_a_daemon_feeds_the_watchdog(config: Path, systemd: Callable[[], dict[str, str]]) -> None:
