@@ -17,7 +17,7 @@ host-tools:
 $(STAMP): pyproject.toml | host-tools
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[bench,dev]'
 	touch $@
 
 # A guest under load is backed up to a slow target, restored, and proven right (about a minute).
@@ -42,14 +42,9 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Everything that is measured, one after the other (20 minutes), into benchmarks/RESULTS.md; best on a quiet machine.
 bench: tools $(STAMP)
-	$(BIN)/python -m benchmarks.guest_impact
-	$(BIN)/python -m benchmarks.admission
-	$(BIN)/python -m benchmarks.windows
-	$(BIN)/python -m benchmarks.incremental
-	$(BIN)/python -m benchmarks.nbd
-	$(BIN)/python -m benchmarks.repository --gib 2
-	$(BIN)/python -m benchmarks.restore
+	$(BIN)/python -m benchmarks
 
 # The unit, its group and folders, and the command for it (as root); then: systemctl enable --now vmfleece
 install-service: $(STAMP)

@@ -1,4 +1,4 @@
-"""`make bench`: what a backup costs the guest, side by side in one run. Prints ratios; trust those, not the times.
+"""What a backup costs the guest, side by side in one run: `python -m benchmarks.guest_impact`.
 
 1. How long the guest is held for the snapshot of two disks, idle and writing all the time.
 2. Backup to a target limited to 5 MB/s, of two disks of different size: with fleecing; with fleecing but without
@@ -8,17 +8,13 @@
 import asyncio
 import contextlib
 import statistics
-import sys
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from rich.table import Table
-
-from benchmarks import demo, slow_target
-from orchestrator import config, log
-from orchestrator.cli import render
-from orchestrator.cli.main import run_async
+from benchmarks import demo, report, slow_target
+from benchmarks.report import Section, Table
+from orchestrator import config
 from orchestrator.fleecing.quiet import Quiet
 from orchestrator.model import Fleecing, RunOptions
 from orchestrator.qemu import commands
@@ -32,12 +28,14 @@ DISKS = (DiskSpec("vda", 24 * MIB, iothread=True), DiskSpec("vdb", 48 * MIB, iot
 BUSY = Workload("sequence", rate=2000)
 
 
-async def main() -> int:
+async def measure() -> Section:
     """Both parts."""
-    log.configure(log_format="console", level="critical")
-    await pauses()
-    await slow()
-    return 0
+    return Section(
+        "What a backup does to the guest",
+        "The target's limit is QEMU's own throttle filter in front of its file, since a limit of the job's speed "
+        "would not hold up the guest.",
+        (await pauses(), await slow()),
+    )
 
 
 @contextlib.asynccontextmanager
@@ -57,9 +55,9 @@ async def bed(workload: Workload) -> AsyncIterator[tuple[GuestVm, engine.Engine]
                 yield vm, opened
 
 
-async def pauses() -> None:
+async def pauses() -> Table:
     """Part 1."""
-    table = Table("GUEST", "SNAPSHOTS", "HELD, MEDIAN", "HELD, MOST")
+    rows = []
     for name, workload in (("idle", Workload("idle")), ("writing all the time", BUSY)):
         async with bed(workload) as (_, opened):
             measured: list[float] = []
@@ -70,13 +68,12 @@ async def pauses() -> None:
                         await opened.back_up("demo", options(fleecing=True), on_progress=lambda _: None)
             results = opened.catalogue.results("demo")
             measured = [result["pause_ms"] for result in results if result["pause_ms"] is not None]
-            table.add_row(
-                name, str(len(measured)), f"{statistics.median(measured):.1f} ms", f"{max(measured):.1f} ms"
-            )
-    render.print_table(table)
+            held = (f"{statistics.median(measured):.1f} ms", f"{max(measured):.1f} ms")
+            rows.append((name, str(len(measured)), *held))
+    return Table(("guest with two disks", "snapshots", "held, median", "held, most"), tuple(rows))
 
 
-async def slow() -> None:
+async def slow() -> Table:
     """Part 2."""
     phases = []
     async with bed(BUSY) as (vm, opened):
@@ -97,7 +94,19 @@ async def slow() -> None:
                     async with asyncio.timeout(SECONDS):
                         await opened.back_up("demo", options(fleecing=fleecing), on_progress=lambda _: None)
                 phases.append(await meter.read(name))
-    demo.print_table(phases)
+    return Table(
+        ("target limited to 5 MB/s", "guest's writes/s", "mean write", "times alone", "writes > 200 ms"),
+        tuple(
+            (
+                one.phase,
+                f"{one.writes_per_second:.0f}",
+                f"{one.mean_ms:.2f} ms",
+                f"{one.mean_ms / phases[0].mean_ms:.1f}",
+                str(one.slow),
+            )
+            for one in phases
+        ),
+    )
 
 
 def options(*, fleecing: bool) -> RunOptions:
@@ -123,4 +132,4 @@ def without_quiet() -> "contextlib.AbstractContextManager[None]":
 
 
 if __name__ == "__main__":
-    sys.exit(run_async(main()))
+    report.main(measure)

@@ -1,16 +1,14 @@
-"""How long an incremental backup takes beside a full one: `python -m benchmarks.incremental` (`--gib 1`: quickly).
+"""How long an incremental backup takes beside a full one: `python -m benchmarks.incremental`.
 
 A guest with one qcow2 disk that is full of random data, backed up with fleecing to an images target. 1 % of its
 blocks of 64 KiB, scattered, are changed through QEMU as the guest would, and it is backed up again, three times.
-Prints where the time goes; trust the ratio, not the seconds. Needs three times the disk's size of space in the
+Says where the time goes; trust the ratio, not the seconds. Needs three times the disk's size of space in the
 temporary folder.
 """
 
-import argparse
 import asyncio
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import MutableMapping
@@ -20,8 +18,9 @@ from typing import Any
 
 import structlog
 
+from benchmarks import report
+from benchmarks.report import Bound, Section, Table
 from orchestrator import config
-from orchestrator.cli.main import run_async
 from orchestrator.model import Fleecing, RunOptions, RunResult
 from orchestrator.service import engine
 from orchestrator.units import GIB, MIB, format_size
@@ -92,13 +91,14 @@ class Clock:
         return found
 
 
-async def main(gib: int) -> int:
-    """Measure, print, and say with the exit code whether the ratio is as wanted."""
+async def measure(gib: int) -> Section:
+    """A full backup, and incremental ones."""
     clock = Clock()
     structlog.configure(processors=[clock])
     with tempfile.TemporaryDirectory(prefix="vmfleece-bench-") as name:
         folder = Path(name)
         image = folder / "vda.qcow2"
+        report.say(f"filling a disk of {gib} GiB")
         await fill(image, gib * GIB)
         disk = DiskSpec("vda", gib * GIB, iothread=True, image=image)
         async with GuestVm(folder / "vm", [disk], Workload("idle")) as vm:
@@ -110,7 +110,7 @@ async def main(gib: int) -> int:
                 for number in range(1, INCREMENTALS + 1):
                     await change(vm, gib * GIB, number)
                     rows.append(await measured(f"incremental {number}", opened, clock))
-    return report(rows, gib)
+    return section(rows, gib)
 
 
 async def fill(image: Path, size_bytes: int) -> None:
@@ -142,6 +142,7 @@ async def change(vm: GuestVm, size_bytes: int, seed: int) -> None:
 
 async def measured(name: str, opened: engine.Engine, clock: Clock) -> Measured:
     """Back up, and fail unless it is what it has to be."""
+    report.say(name)
     since = time.monotonic()
     options = RunOptions("main", Fleecing(storage="local"))
     result: RunResult = await opened.back_up("bench", options, on_progress=lambda _: None)
@@ -151,24 +152,40 @@ async def measured(name: str, opened: engine.Engine, clock: Clock) -> Measured:
     return Measured(name, seconds, sum(disk.copied_bytes for disk in result.disks), clock.parts(since))
 
 
-def report(rows: list[Measured], gib: int) -> int:
-    """Print the table and the ratio."""
-    full, *incremental = rows
-    print(f"Disk of {gib} GiB, full of data; {CHANGED_SHARE:.0%} of its blocks changed before each incremental.\n")
-    print(f"| backup | copied | seconds | of the full | {' | '.join(ENDS)} |")
-    print(f"|---|---|---|---|{'---|' * len(ENDS)}")
-    for row in rows:
-        parts = " | ".join(f"{seconds:.2f}" for seconds in row.parts.values())
-        share = f"{row.seconds / full.seconds:.1%}"
-        print(f"| {row.name} | {format_size(row.copied_bytes)} | {row.seconds:.2f} | {share} | {parts} |")
-    ratio = statistics.median(row.seconds for row in incremental) / full.seconds
-    print(f"\nIncremental (median): {ratio:.1%} of the full backup's time; wanted: {WANTED_RATIO:.0%} at most.")
-    return 0 if ratio <= WANTED_RATIO else 1
+def section(measured: list[Measured], gib: int) -> Section:
+    """The table and the ratio."""
+    full, *incremental = measured
+    rows = [
+        (
+            one.name,
+            format_size(one.copied_bytes),
+            f"{one.seconds:.2f}",
+            f"{one.seconds / full.seconds:.1%}",
+            *(f"{seconds:.2f}" for seconds in one.parts.values()),
+        )
+        for one in measured
+    ]
+    ratio = statistics.median(one.seconds for one in incremental) / full.seconds
+    return Section(
+        "How long an incremental backup takes",
+        f"""
+        A guest with one qcow2 disk of {gib} GiB, full of random data; fleecing, an images target on the
+        same file system; before each incremental {CHANGED_SHARE:.0%} of the blocks of 64 KiB are changed,
+        scattered. Seconds; `snapshot` is with writing back what the host caches of the disk's image.
+        Sealing makes an image durable and hashes it: of a full one the whole content, of an incremental
+        one only its own file.
+        """,
+        (Table(("backup", "copied", "seconds", "of the full", *ENDS), tuple(rows)),),
+        (
+            Bound(
+                f"incremental of {CHANGED_SHARE:.0%} changed, of a full one's time (median; {gib} GiB)",
+                ratio,
+                most=WANTED_RATIO,
+                cause="what does not depend on the disk's size weighs more the smaller it is",
+            ),
+        ),
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description="Time an incremental backup of 1 % changed blocks beside a full one."
-    )
-    parser.add_argument("--gib", type=int, default=8, help="the disk's size in GiB (default: 8)")
-    sys.exit(run_async(main(parser.parse_args().gib)))
+    report.main(measure, gib=2)

@@ -1,4 +1,4 @@
-"""Backups to a repository beside restic's: `python -m benchmarks.repository` (`--gib 1`: quickly).
+"""Backups to a repository beside restic's: `python -m benchmarks.repository`.
 
 An idle guest with a raw disk, filled with files of this host (as a system disk is), random data, and zeroes. In
 turn, each into a new repository: our backup with fleecing, and `restic backup` of the very same file. Then a guest
@@ -6,7 +6,6 @@ that has an empty disk of 1 TiB as well is backed up, and again with nothing cha
 seconds. Needs four times the disk's size in the temporary folder.
 """
 
-import argparse
 import asyncio
 import contextlib
 import os
@@ -14,17 +13,15 @@ import random
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import structlog
-
+from benchmarks import report
+from benchmarks.report import Bound, Section, Table
 from orchestrator import config
-from orchestrator.cli.main import run_async
 from orchestrator.model import Fleecing, Kind, RunOptions
 from orchestrator.service import engine
 from orchestrator.target.restic.backend.directory import DirectoryBackend
@@ -34,6 +31,7 @@ from tests.guest.restics import Restic
 from tests.guest.vm import DiskSpec, GuestVm, Workload
 
 PASSWORD = "benchmark"
+OURS = "vmfleece"
 WANTED_RATIO = 1.5
 WANTED_UNCHANGED_SECONDS = 2.0
 FILES = ("/usr/lib", "/usr/share", "/usr/bin")
@@ -65,9 +63,8 @@ class Row:
     stored_bytes: int
 
 
-async def main(gib: int, rounds: int) -> int:
-    """Measure, print, and say with the exit code whether the ratios are as wanted."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+async def measure(gib: int, rounds: int) -> Section:
+    """Both parts."""
     with tempfile.TemporaryDirectory(prefix="vmfleece-bench-") as name:
         folder = Path(name)
         image = folder / "vda.raw"
@@ -79,7 +76,7 @@ async def main(gib: int, rounds: int) -> int:
             rows = await compared(opened, image, folder / "repository", rounds)
         async with guest(folder, "two", [disk, empty]) as opened:
             unchanged = await repeated(opened, folder / "repository")
-    return report(rows, unchanged, gib)
+    return section(rows, unchanged, gib)
 
 
 @contextlib.asynccontextmanager
@@ -129,7 +126,7 @@ async def compared(opened: engine.Engine, image: Path, repository: Path, rounds:
             rows.append(await asyncio.to_thread(restic_backup, version, image, repository))
             shutil.rmtree(repository)
         await Repository.create(DirectoryBackend(repository), PASSWORD)
-        rows.append(await our_backup(opened, repository, "vmfleece", full=True))
+        rows.append(await our_backup(opened, repository, OURS, full=True))
         shutil.rmtree(repository)
     return rows
 
@@ -143,6 +140,7 @@ async def repeated(opened: engine.Engine, repository: Path) -> list[Row]:
 
 def restic_backup(version: str, image: Path, repository: Path) -> Row:
     """`restic backup` of the file, into a new repository."""
+    report.say(f"restic {version}")
     restic = Restic(repository, PASSWORD, version)
     restic.run("init")
     started = time.monotonic()
@@ -152,6 +150,7 @@ def restic_backup(version: str, image: Path, repository: Path) -> Row:
 
 async def our_backup(opened: engine.Engine, repository: Path, name: str, *, full: bool) -> Row:
     """A whole run, from asking for it to its result."""
+    report.say(name)
     before = used_bytes(repository)
     options = RunOptions("repo", Fleecing(storage="local"), full=full)
     started = time.monotonic()
@@ -168,33 +167,59 @@ def used_bytes(folder: Path) -> int:
     return int(done.stdout.split()[0])
 
 
-def report(rows: list[Row], unchanged: list[Row], gib: int) -> int:
-    """Print the table and the ratios."""
+def section(rows: list[Row], unchanged: list[Row], gib: int) -> Section:
+    """Both tables and what they must hold."""
     names = list(dict.fromkeys(row.name for row in rows))
     seconds = {name: statistics.median(row.seconds for row in rows if row.name == name) for name in names}
     stored = {name: next(row.stored_bytes for row in rows if row.name == name) for name in names}
-    mix = ", ".join(f"{share:.0%} {what}" for what, share in MIX.items())
-    print(f"A disk of {gib} GiB ({mix}); medians.\n")
-    print("| full backup into a new repository | seconds | MiB/s | stored | vmfleece is so many times as fast |")
-    print("|---|---|---|---|---|")
-    for name in names:
-        rate = gib * GIB / MIB / seconds[name]
-        ratio = seconds[name] / seconds["vmfleece"]
-        print(f"| {name} | {seconds[name]:.1f} | {rate:.0f} | {format_size(stored[name])} | {ratio:.2f} |")
     full, *again = (row.seconds for row in unchanged)
-    seconds_again = ", ".join(f"{one:.2f} s" for one in again)
-    print(
-        f"\nWith an empty disk of 1 TiB beside it: full {full:.1f} s; nothing changed: {seconds_again}", end="; "
+    mix = ", ".join(f"{share:.0%} {what}" for what, share in MIX.items())
+    ratio = min(seconds[name] for name in names if name != OURS) / seconds[OURS]
+    return Section(
+        "How long a backup to a repository takes",
+        f"""
+        An idle guest with a raw disk of {gib} GiB ({mix}), each time into a new repository on the same
+        local disk; restic reads the very same file, with its own compression level. Medians, in turn.
+        """,
+        (
+            Table(
+                (
+                    "full backup into a new repository",
+                    "seconds",
+                    "MiB/s",
+                    "stored",
+                    "ours is so many times as fast",
+                ),
+                tuple(
+                    (
+                        name,
+                        f"{seconds[name]:.1f}",
+                        f"{gib * GIB / MIB / seconds[name]:.0f}",
+                        format_size(stored[name]),
+                        f"{seconds[name] / seconds[OURS]:.2f}",
+                    )
+                    for name in names
+                ),
+            ),
+            Table(
+                ("with an empty disk of 1 TiB beside it", "seconds"),
+                (
+                    ("full", f"{full:.1f}"),
+                    ("nothing changed, three times", ", ".join(f"{one:.2f}" for one in again)),
+                ),
+            ),
+        ),
+        (
+            Bound("repository, full, times the faster restic", ratio, least=WANTED_RATIO),
+            Bound(
+                "repository, 1 TiB of which nothing has changed",
+                statistics.median(again),
+                most=WANTED_UNCHANGED_SECONDS,
+                unit="s",
+            ),
+        ),
     )
-    print(f"wanted: {WANTED_UNCHANGED_SECONDS:g} s at most.")
-    ratio = min(seconds[name] for name in names if name != "vmfleece") / seconds["vmfleece"]
-    print(f"Full: {ratio:.2f} times as fast as the faster restic; wanted: {WANTED_RATIO} at least.")
-    return 0 if ratio >= WANTED_RATIO and statistics.median(again) <= WANTED_UNCHANGED_SECONDS else 1
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Time backups to a repository beside restic's.")
-    parser.add_argument("--gib", type=int, default=4, help="the disk's size in GiB (default: 4)")
-    parser.add_argument("--rounds", type=int, default=3, help="how often (default: 3)")
-    arguments = parser.parse_args()
-    sys.exit(run_async(main(arguments.gib, arguments.rounds)))
+    report.main(measure, gib=2, rounds=2)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.windows`: what copying by windows costs, and what it saves. Prints ratios.
+"""`python -m benchmarks.windows`: what copying by windows costs, and what it saves.
 
 1. Time: a full copy of a disk by one job, and by windows of several sizes, in turn, nothing else going on. Disk,
    fleecing image and target are in memory, so that what is done between windows shows most.
@@ -8,7 +8,6 @@
    holds most goes first.
 """
 
-import argparse
 import contextlib
 import os
 import statistics
@@ -21,12 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
-from rich.table import Table
-
-from benchmarks import demo
-from orchestrator import config, log
-from orchestrator.cli import render
-from orchestrator.cli.main import run_async
+from benchmarks import demo, report
+from benchmarks.report import Section, Table
+from orchestrator import config
 from orchestrator.fleecing import boundary, image
 from orchestrator.model import Discard, Fleecing, Progress, RunOptions
 from orchestrator.qemu import commands
@@ -35,7 +31,6 @@ from tests.guest.vm import MIB, DiskSpec, GuestVm, Workload
 
 MEMORY = Path("/dev/shm")  # a folder of its own is made there
 WINDOWS = (64, 256, 512, 1024)
-ROUNDS = 7
 SPACE_BYTES = 320 * MIB
 SPACE_WINDOW = 16 * MIB
 SPACE_LIMIT = 16 * MIB
@@ -92,24 +87,27 @@ class Held:
         self.seen += [disk.fleecing_bytes for disk in progress.disks if progress.phase == "copying"]
 
 
-async def costs(size_bytes: int) -> None:
+async def costs(size_bytes: int, rounds: int) -> Table:
     """Part 1."""
     kinds = [("one job", Discard.JOB, 256)] + [(f"windows of {mib} MiB", Discard.WINDOW, mib) for mib in WINDOWS]
     taken: dict[str, list[float]] = {name: [] for name, _, _ in kinds}
     async with Bed.made(size_bytes, Workload("idle")) as bed:
+        report.say("what windows cost")
         await bed.copy(Discard.JOB)
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for name, how, mib in kinds:
                 with mock.patch.object(boundary, "WINDOW_BYTES", mib * MIB):
                     started = time.perf_counter()
                     await bed.copy(how)
                     taken[name].append(time.perf_counter() - started)
     alone = statistics.median(taken["one job"])
-    table = Table(f"FULL BACKUP OF {size_bytes // MIB} MIB", "MEDIAN", "TIMES ONE JOB")
-    for name, seconds in taken.items():
-        median = statistics.median(seconds)
-        table.add_row(name, f"{median:.2f} s", f"{median / alone:.3f}")
-    render.print_table(table)
+    medians = {name: statistics.median(seconds) for name, seconds in taken.items()}
+    return Table(
+        (f"full backup of {size_bytes // MIB} MiB, idle guest", "median", "times one job"),
+        tuple((name, f"{median:.2f} s", f"{median / alone:.2f}") for name, median in medians.items()),
+        f"Disk, fleecing image and target in memory, so that what is done between windows shows most (on disks it "
+        f"shows less). {rounds} rounds in turn:",
+    )
 
 
 @contextlib.contextmanager
@@ -135,7 +133,7 @@ def nothing_given_back() -> Iterator[None]:
         yield
 
 
-async def space() -> None:
+async def space() -> Table:
     """Part 2."""
     kinds = {
         "one job, nothing given back before its end": (Discard.JOB, nothing_given_back()),
@@ -143,39 +141,35 @@ async def space() -> None:
         "windows, in the disk's order": (Discard.WINDOW, in_disks_order()),
         "windows, the one that holds most first": (Discard.WINDOW, contextlib.nullcontext()),
     }
-    table = Table(
-        "WHILE THE GUEST WRITES", "FLEECING PEAK", "MEAN", "PEAK, TIMES THE FIRST", "MEAN, TIMES THE FIRST"
-    )
+    rows = []
     first: tuple[float, float] | None = None
     async with Bed.made(SPACE_BYTES, SPACE_WORKLOAD) as bed:
         for name, (how, changed) in kinds.items():
+            report.say(name)
             held = Held()
             with changed, mock.patch.object(boundary, "WINDOW_BYTES", SPACE_WINDOW):
                 await bed.copy(how, bwlimit=SPACE_LIMIT, held=held)
             peak, mean = max(held.seen), statistics.mean(held.seen)
             first = first or (peak, mean)
-            table.add_row(
-                name,
-                f"{peak / MIB:.0f} MiB",
-                f"{mean / MIB:.0f} MiB",
-                f"{peak / first[0]:.2f}",
-                f"{mean / first[1]:.2f}",
-            )
-    render.print_table(table)
+            sizes = (f"{peak / MIB:.0f} MiB", f"{mean / MIB:.0f} MiB")
+            rows.append((name, *sizes, f"{peak / first[0]:.2f}", f"{mean / first[1]:.2f}"))
+    return Table(
+        ("while the guest writes", "fleecing peak", "mean", "peak, times the first", "mean, times the first"),
+        tuple(rows),
+        f"What the fleecing image holds while the guest writes 6 MiB/s all the time, {SPACE_WORKLOAD.skew} % of "
+        f"it to the last fifth of the disk; {SPACE_BYTES // MIB} MiB at {SPACE_LIMIT // MIB} MiB/s, windows of "
+        f"{SPACE_WINDOW // MIB} MiB:",
+    )
 
 
-async def main(arguments: argparse.Namespace) -> int:
+async def measure(mib: int, rounds: int) -> Section:
     """Both parts."""
-    log.configure(log_format="console", level="critical")
-    if arguments.part in (0, 1):
-        await costs(arguments.mib * MIB)
-    if arguments.part in (0, 2):
-        await space()
-    return 0
+    return Section(
+        "What copying by windows costs, and what it saves",
+        f"Full backups of a raw disk in an iothread. vmfleece uses windows of {boundary.WINDOW_BYTES // MIB} MiB.",
+        (await costs(mib * MIB, rounds), await space()),
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="What copying by windows costs, and what it saves.")
-    parser.add_argument("--part", type=int, choices=(1, 2), default=0, help="only this one")
-    parser.add_argument("--mib", type=int, default=3072, help="size of the disk of part 1 (default: %(default)s)")
-    sys.exit(run_async(main(parser.parse_args())))
+    report.main(measure, mib=2048, rounds=3)
