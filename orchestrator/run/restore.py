@@ -2,9 +2,9 @@
 
 Nothing is continued: who restores again after an interruption starts over.
 
-The target checks what it reads and says what its content must be; what was written is read back and held
-against that.
-A file is written under a `.partial` name, hashed, made durable and renamed: what has the final name is right.
+The target checks what it reads. It holds the very memory that is written against its hashes, or, where a tool
+writes, says what the content must be: then what was written is read back and held against that.
+A file is written under a `.partial` name, checked, made durable and renamed: what has the final name is right.
 A block device is written in place, and read back.
 """
 
@@ -88,21 +88,21 @@ async def restore(
             await _check_fits(wanted.size_bytes, to)
         async with aio.background(_watch(written, on_progress)):
             content = await target.extract(snapshot, disk, to=written, image_format=image_format)
-        most_bytes = wanted.size_bytes if device else sys.maxsize
-        update = _counted(content.update, on_progress)
-        await aio.all_or_first_error(
-            (
-                tools.read_back(written, image_format, update, size_bytes=most_bytes),
-                _make_durable(written, to),
-            )
-        )
-        if problem := content.problem():
-            raise TargetError(
-                f"disk {disk} of {snapshot.id} was restored wrong: {problem}",
-                hint="its image on the target is damaged, or what was written to: restore another snapshot,"
-                " or to another disk",
-                code="content-wrong",
-            )
+        making_durable = _make_durable(written, to)
+        if content is None:
+            await making_durable
+        else:
+            most_bytes = wanted.size_bytes if device else sys.maxsize
+            update = _counted(content.update, on_progress)
+            reading_back = tools.read_back(written, image_format, update, size_bytes=most_bytes)
+            await aio.all_or_first_error((reading_back, making_durable))
+            if problem := content.problem():
+                raise TargetError(
+                    f"disk {disk} of {snapshot.id} was restored wrong: {problem}",
+                    hint="its image on the target is damaged, or what was written to: restore another snapshot,"
+                    " or to another disk",
+                    code="content-wrong",
+                )
         if not device:
             with _explained(to):
                 await asyncio.to_thread(_publish, written, to)
@@ -112,7 +112,7 @@ async def restore(
                 written.unlink()
         raise
     log.info("restore.finished", snapshot=snapshot.id, disk=disk, to=str(to), size_bytes=wanted.size_bytes)
-    return Restored(disk, to, wanted.size_bytes, content.sha256)
+    return Restored(disk, to, wanted.size_bytes, content.sha256 if content else None)
 
 
 async def _watch(path: Path, on_progress: OnProgress) -> None:

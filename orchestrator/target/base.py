@@ -229,12 +229,13 @@ class Target(abc.ABC):
         """
 
     @abc.abstractmethod
-    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> Content:
+    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> Content | None:
         """Write a disk's content into the file or block device at `to`, as `raw` or `qcow2`.
 
-        Returns what the content must be: hold what was written against it. All that the disk builds on is checked,
-        and not changed or removed meanwhile. TargetError's code is "content-wrong" if some of that is damaged or
-        gone, and it names the snapshot; "no-snapshot" if the snapshot itself is gone.
+        Returns what the content must be: hold what was written against it. None if all of it was held against its
+        hashes already, in the memory that it was written from. All that the disk builds on is checked, and not
+        changed or removed meanwhile. TargetError's code is "content-wrong" if some of that is damaged or gone, and
+        it names the snapshot; "no-snapshot" if the snapshot itself is gone.
         """
 
     @abc.abstractmethod

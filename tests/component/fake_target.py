@@ -49,7 +49,7 @@ class FakeTarget(Target):
     async def snapshots(self, vm: str | None = None) -> list[Snapshot]:
         return [snapshot for snapshot in self.listed if vm in (None, snapshot.vm)]
 
-    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> Content:
+    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> Content | None:
         raise NotImplementedError
 
     def exported(

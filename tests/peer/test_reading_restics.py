@@ -54,8 +54,9 @@ async def test_it_is_extracted(written: Written, tmp_path: Path, image_format: s
     _, repository, content = written
     out = tmp_path / "out"
     expected = await contents.extract(repository, content, name="vda", to=out, image_format=image_format)
-    expected.update(DISK)
-    assert expected.problem() == ""
+    if expected:
+        expected.update(DISK)
+        assert expected.problem() == ""
     (tmp_path / "vda.raw").write_bytes(DISK)
     await run("qemu-img", "compare", "-f", "raw", "-F", image_format, tmp_path / "vda.raw", out)
     assert out.stat().st_blocks * 512 < 22 * MIB

@@ -85,6 +85,11 @@ def zero_identity(length: int) -> bytes:
     return hashlib.sha256(bytes(length)).digest()
 
 
+def wrong_length(identity: bytes, found_bytes: int, expected_bytes: int) -> Damaged:
+    """The error of a chunk that is right and not as long as its file's layout says: an index file is wrong."""
+    return Damaged(f"data blob {identity.hex()}", f"{found_bytes} bytes instead of {expected_bytes}")
+
+
 class Chunks:
     """See the module. Made by `chunks_of`."""
 

@@ -26,7 +26,7 @@ from orchestrator.nbd.server import NbdServer
 from orchestrator.qemu import serving, tools
 from orchestrator.target.base import Content, Verification
 from orchestrator.target.repository import raw_file
-from orchestrator.target.repository.chunks import Chunks, Extent, Layout, chunks_of
+from orchestrator.target.repository.chunks import Chunks, Extent, Layout, chunks_of, wrong_length
 from orchestrator.target.restic.errors import Damaged
 from orchestrator.target.restic.repository import Repository
 from orchestrator.target.restic.tree import FileContent
@@ -66,9 +66,8 @@ class DiskExport(Export):
         if extent.identity in self._layout.zeroes:
             return bytes(extent.length)
         content = await self._chunks.read(extent.identity)
-        if len(content) != self._layout.length(number):  # one of several index files is wrong
-            expected = self._layout.length(number)
-            raise Damaged(f"data blob {extent.identity.hex()}", f"{len(content)} bytes instead of {expected}")
+        if len(content) != self._layout.length(number):
+            raise wrong_length(extent.identity, len(content), self._layout.length(number))
         return memoryview(content)[extent.skip : extent.skip + extent.length]
 
     async def flush(self) -> None:
@@ -135,8 +134,8 @@ def _sha256(chunk: bytearray) -> bytes:
 
 async def extract(
     repository: Repository, content: FileContent, *, name: str, to: Path, image_format: str
-) -> Content:
-    """Write a file's content to the file or block device at `to`; return what must be there now.
+) -> Content | None:
+    """Write a file's content to the file or block device at `to`; return what must be there, as `Target.extract`.
 
     `name` says for people what it is. TargetError's code is "content-wrong" if some of it is damaged. Raises
     BackendError, and ToolError if it cannot be written. After an error or cancellation, part of it may be there.
@@ -148,7 +147,7 @@ async def extract(
             await raw_file.write(repository, layout, to)
         except Damaged as error:
             raise _explained(name, error) from error
-        return ChunkedContent(layout)
+        return None
     troubles: list[Trouble] = []
     with tempfile.TemporaryDirectory(prefix="vmfleece-") as folder:
         path = Path(folder) / SOCKET

@@ -1,44 +1,70 @@
 """Writing a repository's file as a sparse raw image: in threads, each distinct chunk decoded once.
 
-qemu-img, reading by NBD, takes twice the processor time for that. Hashes are not looked at here: they are those of
-what was written, which is read back.
+qemu-img, reading by NBD, takes twice the processor time for that. A chunk is held against its hash in the memory
+that the disk then takes it from: past the host's cache where that can be done, since a new page of the cache costs
+several times what decoding its content does, and the cache is for the guests.
 """
 
 import asyncio
+import errno
+import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TypeVar
 
 from orchestrator import aio
 from orchestrator.errors import TargetError
-from orchestrator.target.repository.chunks import THREADS, Layout
+from orchestrator.target.repository.chunks import THREADS, Layout, wrong_length
 from orchestrator.target.restic.repository import Repository
 from orchestrator.units import KIB
 
 T = TypeVar("T")
 
 HOLE_BYTES = 64 * KIB
+BLOCK_BYTES = 4096
+"""Of the largest blocks that disks have."""
 _ZEROES = bytes(HOLE_BYTES)
 
 
 async def write(repository: Repository, layout: Layout, to: Path) -> None:
-    """Make a file of that content, holes where it is zero. The caller holds it against the chunks' hashes.
+    """Make a file of that content, holes where it is zero. It is for the caller to make it durable.
 
     Raises TargetError "restore-path" if it cannot be written, and as `Repository.read_blob`. Cancelling it leaves
     some of the content in the file, and no thread.
     """
-    places: dict[bytes, list[int]] = {}
-    for identity, start in zip(layout.chunks, layout.starts, strict=False):
+    places: dict[bytes, tuple[int, list[int]]] = {}
+    for number, (identity, start) in enumerate(zip(layout.chunks, layout.starts, strict=False)):
         if identity not in layout.zeroes:
-            places.setdefault(identity, []).append(start)
-    try:
-        descriptor = os.open(to, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            places.setdefault(identity, (layout.length(number), []))[1].append(start)
+    longest_bytes = max((length for length, _ in places.values()), default=0)
+    buffers: SimpleQueue[mmap.mmap] = SimpleQueue()
+    for _ in range(THREADS if places else 0):
+        buffers.put(mmap.mmap(-1, longest_bytes))
+
+    def write_chunk(item: tuple[bytes, tuple[int, list[int]]]) -> None:
+        identity, (length, starts) = item
+        content = repository.read_blob(identity)
+        if len(content) != length:
+            raise wrong_length(identity, len(content), length)
+        buffer = buffers.get()
         try:
-            os.truncate(descriptor, layout.size_bytes)
-            await in_threads(lambda place: _write_chunk(repository, descriptor, *place), places.items())
+            buffer[:length] = content
+            with memoryview(buffer) as view:
+                for begin, end in _runs(content):
+                    for start in starts:
+                        file.write(view[begin:end], start + begin)
         finally:
-            os.close(descriptor)
+            buffers.put(buffer)
+
+    try:
+        file = _File(to)
+        try:
+            os.truncate(to, layout.size_bytes)
+            await in_threads(write_chunk, places.items())
+        finally:
+            file.close()
     except OSError as error:
         raise TargetError(
             f"cannot write {to}: {error.strerror}",
@@ -58,27 +84,46 @@ async def in_threads(work: Callable[[T], None], items: Iterable[T]) -> None:
     await aio.all_or_first_error(some() for _ in range(THREADS))
 
 
-def _write_chunk(repository: Repository, descriptor: int, identity: bytes, starts: list[int]) -> None:
-    content = repository.read_blob(identity, hashed=False)
-    with memoryview(content) as view:
-        for begin, end in _runs(content):
-            for start in starts:
-                _write(descriptor, view[begin:end], start + begin)
+class _File:
+    """A new file, written by several threads: whole blocks past the host's cache where that can be done."""
+
+    def __init__(self, path: Path) -> None:
+        self._cached = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            self._direct: int | None = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+        except OSError:  # it cannot, like older tmpfs
+            self._direct = None
+        self._directly = self._direct is not None
+
+    def close(self) -> None:
+        for descriptor in (self._cached, self._direct):
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write all of `data`, which is at the beginning of a page if `offset` is. Raises OSError."""
+        while data:
+            written = self._write(data, offset)
+            data, offset = data[written:], offset + written
+
+    def _write(self, data: memoryview, offset: int) -> int:
+        if self._direct is not None and self._directly and not (offset % BLOCK_BYTES or len(data) % BLOCK_BYTES):
+            try:
+                return os.pwrite(self._direct, data, offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._directly = False  # its blocks are larger, or it only seemed to be able to
+        return os.pwrite(self._cached, data, offset)
 
 
 def _runs(content: bytes) -> Iterator[tuple[int, int]]:
     """What is not zero, in blocks of HOLE_BYTES: from where to where."""
     begin = 0
     for at in range(0, len(content), HOLE_BYTES):
-        if _ZEROES.startswith(content[at : at + HOLE_BYTES]):
+        if not content[at] and _ZEROES.startswith(content[at : at + HOLE_BYTES]):
             if begin < at:
                 yield begin, at
             begin = at + HOLE_BYTES
     if begin < len(content):
         yield begin, len(content)
-
-
-def _write(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written

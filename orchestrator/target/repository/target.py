@@ -162,7 +162,7 @@ class RepositoryTarget(Target):
                     return _of_restic(made, files, target=self.name)
         return None
 
-    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> Content:
+    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> Content | None:
         async with self._contents(snapshot, [disk]) as (repository, found):
             return await contents.extract(
                 repository, found[disk], name=f"disk {disk} of {snapshot.id}", to=to, image_format=image_format

@@ -101,18 +101,15 @@ def seal_blob(kind: BlobKind, identity: bytes, plain: bytes | memoryview, key: K
     return SealedBlob(kind, identity, key.seal(plain), None)
 
 
-def open_blob(sealed: bytes | bytearray, entry: Entry, key: Key, *, file: str, hashed: bool = True) -> bytes:
-    """Return a blob's content, which is what its id says. Raises Damaged that names `file`, the pack.
-
-    Unless `hashed`, it is only known to be what a holder of the key wrote; its hash is left to the caller.
-    """
+def open_blob(sealed: bytes | bytearray, entry: Entry, key: Key, *, file: str) -> bytes:
+    """Return a blob's content, which is what its id says. Raises Damaged that names `file`, the pack."""
     where = f"the blob at {entry.offset} in {file}"
     if len(sealed) != entry.length:
         raise Damaged(where, f"{len(sealed)} of its {entry.length} bytes are there")
     plain = key.open(sealed, file=where)
     if entry.plain_bytes is not None:
         plain = compression.decompress(plain, length=entry.plain_bytes, file=where)
-    if hashed and hashlib.sha256(plain).digest() != entry.identity:
+    if hashlib.sha256(plain).digest() != entry.identity:
         raise Damaged(where, f"its content is not that of {entry.identity.hex()}")
     return plain
 

@@ -148,16 +148,16 @@ class Repository:
             return location.entry.content_bytes
         return None
 
-    def read_blob(self, identity: bytes, kind: BlobKind = BlobKind.DATA, *, hashed: bool = True) -> bytes:
+    def read_blob(self, identity: bytes, kind: BlobKind = BlobKind.DATA) -> bytes:
         """Return a blob whose hash is its id. Blocks. Raises Damaged if no pack has it any more, BackendError.
 
         Where one pack is missing or damaged, another one that has the blob is read, or what is left of one that is
-        cut off. Unless `hashed`, comparing its hash is left to the caller.
+        cut off.
         """
         failure = Damaged(f"{kind} blob {identity.hex()}", "no index file says where it is")
         for number, location in enumerate(self._locations(kind, identity)):
             try:
-                return self._read_at(location, hashed=hashed)
+                return self._read_at(location)
             except Damaged as error:
                 failure = failure if number else error
         raise failure
@@ -213,13 +213,13 @@ class Repository:
     def _locations(self, kind: BlobKind, identity: bytes) -> list[Location]:
         return self._index.find(kind, identity) + self._lacking.find(kind, identity)
 
-    def _read_at(self, location: Location, *, hashed: bool) -> bytes:
+    def _read_at(self, location: Location) -> bytes:
         file, entry = File(Kind.DATA, location.pack), location.entry
         try:
             sealed = self._backend.read(file, offset=entry.offset, length=entry.length)
         except FileMissing:
             raise Damaged(file.path, "it is missing") from None
-        return pack.open_blob(sealed, entry, self._key, file=file.path, hashed=hashed)
+        return pack.open_blob(sealed, entry, self._key, file=file.path)
 
     def _load_index(self) -> None:
         files = self._files(Kind.INDEX)  # before the packs, which are written before the index lists them
