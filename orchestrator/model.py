@@ -162,10 +162,26 @@ class DiskResult:
 
 
 @dataclass(frozen=True, slots=True)
+class GuestWrites:
+    """How long the guest's writes to a run's disks took, as QEMU measures them at its devices.
+
+    `count` have ended since just before the snapshot, in `mean_ms`; `worst_ms` is the mean of the slowest second.
+    `p99_ms` is known only where somebody has QEMU keep a histogram. `before_ms` is the mean of those before the
+    snapshot, since the run began. None: not known, or there was no write.
+    """
+
+    count: int
+    mean_ms: float | None
+    worst_ms: float | None
+    p99_ms: float | None
+    before_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class RunResult:
     """A finished run. `reason` says why it was full, `warnings` what the operator should know.
 
-    `stored_bytes` is what its snapshot occupies on the target.
+    `stored_bytes` is what its snapshot occupies on the target. `guest_writes` None: no snapshot was tried.
     """
 
     vm: str
@@ -181,6 +197,7 @@ class RunResult:
     warnings: tuple[str, ...] = ()
     error: ErrorReport | None = None
     stored_bytes: int | None = None
+    guest_writes: GuestWrites | None = None
 
     @property
     def retryable(self) -> bool:
@@ -222,13 +239,18 @@ class DiskProgress:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is; `waits_for` says why while it is queued."""
+    """How far a run is; `waits_for` says why while it is queued.
+
+    `recent_write_ms`: what the guest's writes took on average in each of the last seconds; None: there was none.
+    """
 
     vm: str
     run: str
     phase: Phase
     disks: tuple[DiskProgress, ...] = ()
     waits_for: str = ""
+    guest_writes: GuestWrites | None = None
+    recent_write_ms: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ def schema() -> dict[str, Any]:
     result = _plain(TypeAdapter(RunResult).json_schema(mode="serialization"))
     report = result["$defs"]["ErrorReport"]
     report["properties"]["cause"] = {"enum": [cause.value for cause in Cause]}  # derived from the code
-    for definition in (report, result["$defs"]["DiskResult"]):
+    for definition in (report, result["$defs"]["DiskResult"], result["$defs"]["GuestWrites"]):
         definition |= {"required": list(definition["properties"]), "additionalProperties": False}
     alternatives = []
     for name, event in documented().items():

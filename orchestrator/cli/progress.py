@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from orchestrator import model
-from orchestrator.model import Phase, RunResult
+from orchestrator.model import GuestWrites, Phase, RunResult
 from orchestrator.units import format_size
 
 LINE_SECONDS = 10.0
@@ -93,16 +93,25 @@ def _text(progress: model.Progress, copying_seconds: float, *, short: bool) -> s
     return f"{share} ({copied_of}) in {copying_seconds:.0f}s{speed}{held}{of_granted}"
 
 
+def guest_writes(writes: GuestWrites | None) -> str:
+    """How long a guest's writes take, for the end of a line; empty if it is not known."""
+    if writes is None or writes.mean_ms is None:
+        return ""
+    before = f" ({writes.before_ms:.1f} ms before)" if writes.before_ms is not None else ""
+    return f", guest writes {writes.mean_ms:.1f} ms{before}"
+
+
 def result_lines(result: RunResult) -> list[str]:
     """How a run ended, for people."""
-    paused = f", guest held {result.pause_ms:.1f} ms" if result.pause_ms is not None else ""
+    guest = f", guest held {result.pause_ms:.1f} ms" if result.pause_ms is not None else ""
+    guest += guest_writes(result.guest_writes)
     if result.error is not None:
-        return [f"{result.vm}: {result.outcome} after {result.duration_seconds:.1f} s{paused}"]
+        return [f"{result.vm}: {result.outcome} after {result.duration_seconds:.1f} s{guest}"]
     copied = sum(disk.copied_bytes for disk in result.disks)
     lines = [
         (
             f"{result.vm}: {result.outcome}: {result.snapshot}, {result.kind},"
-            f" {format_size(copied)} in {result.duration_seconds:.1f} s{paused}"
+            f" {format_size(copied)} in {result.duration_seconds:.1f} s{guest}"
         )
     ]
     for disk in result.disks:

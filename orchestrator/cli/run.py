@@ -6,7 +6,7 @@ import asyncio
 from rich.table import Table
 
 from orchestrator.cli import render
-from orchestrator.cli.progress import result_lines
+from orchestrator.cli.progress import guest_writes, result_lines
 from orchestrator.config import Config
 from orchestrator.errors import EXIT_OK, RefusedError
 from orchestrator.service import client, history
@@ -93,7 +93,8 @@ def _print(run: RunDetails, *, as_json: bool) -> None:
         one = run.progress
         copied = f"{format_size(one.copied_bytes)} of {format_size(one.size_bytes)}"
         held = f"{format_size(one.fleecing_bytes)} of {format_size(one.grant_bytes)}"
-        render.print_line(f"copied {copied}, fleecing {held}, to {one.target}")
+        writes = guest_writes(one.guest_writes)
+        render.print_line(f"copied {copied}, fleecing {held}, to {one.target}{writes}")
     if run.waiting is not None:
         for reason in run.waiting.reasons:
             render.print_line(f"waits for {reason}")

@@ -30,7 +30,7 @@ def disks(query_block: Iterable[Mapping[str, Any]]) -> list[Disk]:
 
 
 def _disk(device: Mapping[str, Any], qdev: str) -> Disk:
-    path = _device_path(qdev)
+    path = device_path(qdev)
     inserted = device.get("inserted")
     image = inserted["image"] if inserted else {}
     return Disk(
@@ -56,13 +56,14 @@ def _compat(image: Mapping[str, Any]) -> str | None:
 def bitmaps(query_block: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     """The dirty bitmaps of each disk's node, by the disk's id, as QEMU describes them."""
     return {
-        _disk_id(_device_path(device["qdev"]), device): device["inserted"].get("dirty-bitmaps", [])
+        _disk_id(device_path(device["qdev"]), device): device["inserted"].get("dirty-bitmaps", [])
         for device in query_block
         if device.get("qdev") and device.get("inserted")
     }
 
 
-def _device_path(qdev: str) -> str:
+def device_path(qdev: str) -> str:
+    """Where the property `drive` of a guest device is, of which QEMU says `qdev`."""
     path = qdev if qdev.startswith("/") else PERIPHERAL + qdev
     return path.removesuffix(VIRTIO_BACKEND)
 

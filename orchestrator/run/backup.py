@@ -50,6 +50,7 @@ from orchestrator.run import copy, particulars, quiesce, survey, vigil
 from orchestrator.run.copying import Copies, Copying, by_windows
 from orchestrator.run.outcome import WAS_CANCELLED, DiskRun, Facts, log_result
 from orchestrator.run.plan import Past, Plan
+from orchestrator.run.sampling import Sampler
 from orchestrator.run.survey import Storages
 from orchestrator.state.journal import Journal
 from orchestrator.target.base import Draft, ParentUnusable, Target
@@ -179,6 +180,8 @@ class _Run:
             if not self._capabilities.discard_source:
                 journal = self._means.journal
                 self._pauser = Pauser(monitor, self._vm.qmp, journal, vm=self._vm.name, run=self._run)
+            self._sampler = Sampler(monitor, self._facts.impact, self._report)
+            await self._sampler.meet()
             await survey.settle_leftovers(monitor, self._vm.name, self._pauser, self._means.is_ours)
             await self._forget_dead_runs()
             settled = await self._settle_bitmaps(monitor)
@@ -285,6 +288,7 @@ class _Run:
         for disk in self._facts.disks:
             await self._prepare(gear, disk)
         self._facts.particulars = await particulars.look(monitor, [one.disk for one in planned.disks])
+        await self._sampler.begin([one.disk for one in planned.disks])
         self._enter(Phase.SNAPSHOTTING)
         # QEMU flushes the disks while the guest waits: what the host still caches is written before.
         images = [one.disk.image for one in planned.disks if one.disk.image]
@@ -298,13 +302,15 @@ class _Run:
         self._enter(Phase.COPYING)
         with contextlib.ExitStack() as watching:
             copying = [copies.of(disk, watching, partial(self._copied, disk, lease)) for disk in self._facts.disks]
-            async with aio.background(keeper.serve(), keeper.ask_again()):  # old data comes before the jobs run
+            # Old data comes before the jobs run.
+            async with aio.background(keeper.serve(), keeper.ask_again(), self._sampler.serve()):
                 await copies.start_whole()
                 finishing = aio.all_or_first_error(
                     self._finish(gear, disk, one) for disk, one in zip(self._facts.disks, copying, strict=True)
                 )
                 here = aio.unless(vigil.migrating(monitor, self._vm.name), finishing)
                 await aio.unless(lease.giving_way(), aio.unless(draft.lost(), here))
+            await self._sampler.look()
         await self._check_vm(monitor)
         self._enter(Phase.COMMITTING)
         self._facts.snapshot = await draft.commit(self._facts.details(self._run, self._options), self._facts.files)

@@ -20,6 +20,7 @@ from orchestrator.model import (
     RunOptions,
     RunResult,
 )
+from orchestrator.run.impact import Impact
 from orchestrator.run.particulars import Particulars
 from orchestrator.run.plan import DiskPlan
 from orchestrator.storage.base import ImageFile
@@ -86,6 +87,7 @@ class Facts:
     snapshot: Snapshot | None = None
     particulars: Particulars = field(default_factory=Particulars)
     files: list[ExtraFile] = field(default_factory=list)
+    impact: Impact = field(default_factory=Impact)
 
     @property
     def rounded_pause_ms(self) -> float | None:
@@ -120,7 +122,9 @@ class Facts:
             )
             for disk in self.disks
         )
-        return Progress(vm, run, phase, disks)
+        return Progress(
+            vm, run, phase, disks, guest_writes=self.impact.writes(), recent_write_ms=self.impact.recent_ms
+        )
 
     def details(self, run: str, options: RunOptions) -> dict[str, object]:
         """What the snapshot keeps about its run."""
@@ -186,6 +190,7 @@ class Facts:
             warnings=tuple(self.warnings),
             error=error,
             stored_bytes=self.snapshot.stored_bytes if self.snapshot else None,
+            guest_writes=self.impact.writes(),
         )
 
 
@@ -210,6 +215,7 @@ def log_result(result: RunResult, *, job: str | None, target: str | None) -> Non
         target=target,
         duration_seconds=result.duration_seconds,
         pause_ms=result.pause_ms,
+        guest_writes=asdict(result.guest_writes) if result.guest_writes else None,
         stored_bytes=result.stored_bytes,
         disks=[asdict(disk) for disk in result.disks],
         warnings=list(result.warnings),

@@ -58,6 +58,8 @@ class Last:
     stored_bytes: int
     fleecing_peak_bytes: int
     pause_seconds: float
+    write_mean_seconds: float | None
+    write_worst_seconds: float | None
 
 
 @dataclass(slots=True)
@@ -161,6 +163,7 @@ class Metrics(Collector):
         yield _gauge("vmfleece_event_loop_lag_seconds", lag, [], {(): max(self._lags)})
         yield from self._of_vms()
         yield from self._totals()
+        yield from _of_runs(status)
         yield from _of_queue(status)
         yield from _of_storages(status)
 
@@ -195,8 +198,19 @@ class Metrics(Collector):
                 lambda last: last.fleecing_peak_bytes,
             ),
             ("pause_seconds", "How long the last run held the guest.", lambda last: last.pause_seconds),
+            (
+                "guest_write_mean_seconds",
+                "What the guest's writes took on average during the last run.",
+                lambda last: last.write_mean_seconds,
+            ),
+            (
+                "guest_write_worst_seconds",
+                "What they took on average in the slowest second of it.",
+                lambda last: last.write_worst_seconds,
+            ),
         ):
-            values = {key: float(value(last)) for key, last in lasts.items()}
+            known = {key: value(last) for key, last in lasts.items()}
+            values = {key: float(number) for key, number in known.items() if number is not None}
             yield _gauge(f"vmfleece_last_run_{name}", about, labels, values)
 
     def _due(self, vm: str, job: str) -> datetime | None:
@@ -232,6 +246,15 @@ class Metrics(Collector):
         yield pauses
 
 
+def _of_runs(status: Status) -> Iterator[Metric]:
+    phases = Counter((run.phase,) for run in status.runs)
+    yield _gauge("vmfleece_runs_under_way", "Runs under way, by phase.", ["phase"], phases)
+    latest = {(run.vm,): run.recent_write_ms[-1] for run in status.runs if run.recent_write_ms}
+    writes = {vm: milliseconds / 1000 for vm, milliseconds in latest.items() if milliseconds is not None}
+    about = "What the writes of a guest that is backed up took on average in the last second."
+    yield _gauge("vmfleece_guest_write_latency_seconds", about, ["vm"], writes)
+
+
 def _of_queue(status: Status) -> Iterator[Metric]:
     waiting = [one for one in status.queue if one.until is None]
     yield _gauge("vmfleece_queue_length", "Runs that wait to begin.", [], {(): len(waiting)})
@@ -241,8 +264,6 @@ def _of_queue(status: Status) -> Iterator[Metric]:
     yield _gauge("vmfleece_queue_oldest_wait_seconds", about, [], {(): max(0.0, oldest)})
     retries = len(status.queue) - len(waiting)
     yield _gauge("vmfleece_retries_waiting", "Runs that failed and wait to be tried again.", [], {(): retries})
-    phases = Counter((run.phase,) for run in status.runs)
-    yield _gauge("vmfleece_runs_under_way", "Runs under way, by phase.", ["phase"], phases)
 
 
 def _of_storages(status: Status) -> Iterator[Metric]:
@@ -276,6 +297,7 @@ def _counter(name: str, about: str, labels: list[str], values: Values) -> Metric
 
 
 def _of_result(result: RunResult) -> Last:
+    writes = result.guest_writes
     return Last(
         started=result.started,
         good=result.error is None,
@@ -285,6 +307,8 @@ def _of_result(result: RunResult) -> Last:
         stored_bytes=result.stored_bytes or 0,
         fleecing_peak_bytes=sum(disk.fleecing_peak_bytes for disk in result.disks),
         pause_seconds=(result.pause_ms or 0.0) / 1000,
+        write_mean_seconds=_seconds(writes.mean_ms if writes else None),
+        write_worst_seconds=_seconds(writes.worst_ms if writes else None),
     )
 
 
@@ -293,6 +317,7 @@ def _of_entry(entry: Entry) -> Last | None:
     with contextlib.suppress(KeyError, TypeError, ValueError):
         result = entry.result or {}
         disks = result["disks"]
+        writes = result.get("guest_writes") or {}
         return Last(
             started=datetime.fromisoformat(entry.started),
             good=entry.outcome in GOOD,
@@ -302,8 +327,14 @@ def _of_entry(entry: Entry) -> Last | None:
             stored_bytes=int(result.get("stored_bytes") or 0),
             fleecing_peak_bytes=sum(disk["fleecing_peak_bytes"] for disk in disks),
             pause_seconds=float(result["pause_ms"] or 0.0) / 1000,
+            write_mean_seconds=_seconds(writes.get("mean_ms")),
+            write_worst_seconds=_seconds(writes.get("worst_ms")),
         )
     return None
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return milliseconds / 1000 if milliseconds is not None else None
 
 
 def _replace(path: Path, text: bytes) -> None:

@@ -162,4 +162,6 @@ def _run_status(live: Live) -> RunStatus:
         fleecing_bytes=sum(disk.fleecing_bytes for disk in disks),
         grant_bytes=sum(disk.grant_bytes for disk in disks),
         disks=disks,
+        guest_writes=progress.guest_writes if progress else None,
+        recent_write_ms=progress.recent_write_ms if progress else (),
     )

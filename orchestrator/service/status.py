@@ -6,7 +6,7 @@ Sizes are bytes; times are ISO 8601 with a zone. `as_json` and `from_json` are e
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from orchestrator.model import DiskProgress
+from orchestrator.model import DiskProgress, GuestWrites
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,10 @@ class StorageStatus:
 
 @dataclass(frozen=True, slots=True)
 class RunStatus:
-    """One run under way; the sizes are over all its disks."""
+    """One run under way; the sizes are over all its disks.
+
+    `recent_write_ms`: what the guest's writes took on average in each of the last seconds; None: there was none.
+    """
 
     vm: str
     run: str
@@ -48,6 +51,8 @@ class RunStatus:
     fleecing_bytes: int
     grant_bytes: int
     disks: tuple[DiskProgress, ...] = ()
+    guest_writes: GuestWrites | None = None
+    recent_write_ms: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,4 +114,12 @@ class Status:
 
 
 def _run(one: dict[str, Any]) -> RunStatus:
-    return RunStatus(**{**one, "disks": tuple(DiskProgress(**disk) for disk in one["disks"])})
+    writes = one.get("guest_writes")  # a daemon from before may answer
+    return RunStatus(
+        **{
+            **one,
+            "disks": tuple(DiskProgress(**disk) for disk in one["disks"]),
+            "guest_writes": GuestWrites(**writes) if writes else None,
+            "recent_write_ms": tuple(one.get("recent_write_ms", ())),
+        }
+    )

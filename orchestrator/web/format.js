@@ -25,6 +25,11 @@ export function duration(seconds) {
   return hours < 48 ? `${hours} h ${minutes % 60} min` : `${Math.floor(hours / 24)} d ${hours % 24} h`;
 }
 
+/** How long a guest's writes take. */
+export function latency(ms) {
+  return ms < 1000 ? `${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms` : duration(ms / 1000);
+}
+
 let aheadMs = 0;
 
 /** Ages are by the host's clock, not by that of whoever looks. */

@@ -1,6 +1,6 @@
 // What is under way, with each disk's boundary as a strip; and who waits.
 import { byId, h, list, say, show, svg } from "./dom.js";
-import { duration, since, size, time } from "./format.js";
+import { duration, latency, since, size, time } from "./format.js";
 
 const KINDS = { "#": "done", ">": "copying", o: "held", ".": "waiting" };
 const HEIGHTS = { done: 10, copying: 10, held: 7, waiting: 3 }; // shape says what colour says
@@ -52,6 +52,37 @@ function card(run) {
       h("p", {}, h("strong", {}, `${percent}%`), ` (${size(run.copied_bytes)} of ${size(run.size_bytes)})${speed}`),
     ],
     ...run.disks.map((disk) => drawnDisk(run, disk)),
+    run.guest_writes && guestWrites(run),
+  );
+}
+
+/** What the backup costs the guest: how long its writes take, and took in each of the last seconds. */
+function guestWrites(run) {
+  const { mean_ms, worst_ms, p99_ms, before_ms } = run.guest_writes;
+  const before = before_ms === null ? "" : ` (${latency(before_ms)} before)`;
+  const p99 = p99_ms === null ? "" : `, 99 of 100 within ${latency(p99_ms)}`;
+  const slowest = worst_ms === null ? "" : `, ${latency(worst_ms)} in the slowest second`;
+  const said = mean_ms === null ? `none since the snapshot${before}` : `${latency(mean_ms)} on average${before}${p99}${slowest}`;
+  return h(
+    "div",
+    { class: "disk", "data-writes": mean_ms ?? "" },
+    h("p", { class: "small" }, `guest writes: ${said}`),
+    mean_ms !== null && sparkline(run.recent_write_ms, `${run.vm}: guest writes in each of the last seconds, ${said}`),
+  );
+}
+
+const SECONDS = 60;
+
+function sparkline(values, label) {
+  const top = Math.max(1, ...values.map((value) => value ?? 0));
+  const bars = values.map((value, at) => {
+    const height = value === null ? 0 : Math.max(0.3, (10 * value) / top);
+    return svg("rect", { class: "used", x: SECONDS - values.length + at, width: 0.8, y: 10 - height, height });
+  });
+  return svg(
+    "svg",
+    { class: "spark", viewBox: `0 0 ${SECONDS} 10`, preserveAspectRatio: "none", role: "img", "aria-label": label },
+    ...bars,
   );
 }
 

@@ -8,6 +8,7 @@ import pytest
 from axe_playwright_python.async_playwright import Axe
 
 from orchestrator.fleecing import boundary
+from orchestrator.run import sampling
 from orchestrator.service.api import stream
 from tests.browser.conftest import Visit, Visited
 from tests.browser.host import MARKUP, NEVER, OVERDUE, VMS, enter_history, more, served
@@ -133,6 +134,25 @@ async def test_a_run_is_seen_as_it_goes_and_its_end_at_once(tmp_path: Path, visi
         assert time.monotonic() - ended < 1 + 5 * asking_seconds
         await one.until("() => document.querySelectorAll('.run').length === 0")
         assert "succeeded" in await text(one, "#announce")
+
+
+async def test_what_a_backup_costs_the_guest_is_shown(
+    tmp_path: Path, visit: Visit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "SAMPLE_SECONDS", 0.2)
+    async with served(tmp_path) as (world, _, call, port), visit(port) as one:
+        await one.live()
+        run = await copying(world, call)
+        here = f'[data-run="{run}"] [data-writes]'
+        await one.page.wait_for_selector(here)
+        assert await text(one, here) == "guest writes: none since the snapshot"
+        world.qemu.write_ns = 12_000_000
+        world.qemu.guest_writes("vda", 0, b"new")
+        await one.page.wait_for_selector(f'[data-run="{run}"] [data-writes="12"] svg.spark rect[height="10"]')
+        assert await text(one, here) == "guest writes: 12 ms on average, 12 ms in the slowest second"
+        assert await violations(one) == []
+        await call("POST", f"/api/v1/runs/{run}/cancel")
+        await one.until("() => document.querySelectorAll('.run').length === 0")
 
 
 async def test_windows_are_drawn_where_they_are(

@@ -69,6 +69,8 @@ class Device:
     own_node: str
     node: str
     removable: bool = False
+    writes: int = 0
+    write_ns: int = 0
 
     @property
     def path(self) -> str:

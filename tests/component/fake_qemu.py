@@ -61,6 +61,8 @@ class FakeQemu:
         self.target_error: str | None = None
         self.flush_error: str | None = None
         self.writes = 0
+        self.write_ns = 1_000_000
+        """What each write takes, by the device's counters; the real time is another one."""
         self.moments: dict[str, tuple[int, bytes]] = {}
         """By disk: how many writes there had been, and its content, when it got its filter last."""
         self._numbers = itertools.count(1)
@@ -113,6 +115,8 @@ class FakeQemu:
             for at in clusters(offset, len(data)):
                 self._copy_before_write(filtered, at, bytes(base.content[at * CLUSTER : (at + 1) * CLUSTER]))
         self.writes += 1
+        device.writes += 1
+        device.write_ns += self.write_ns
         for bitmap in base.bitmaps.values():
             if bitmap.recording:
                 bitmap.dirty.update(clusters(offset, len(data)))
@@ -266,7 +270,19 @@ class FakeQemu:
             ],
         }
 
-    def _query_blockstats(self, _arguments: Any) -> Any:
+    def _query_blockstats(self, arguments: Any) -> Any:
+        if not arguments.get("query-nodes"):
+            return [
+                {
+                    "qdev": device.qdev,
+                    "stats": {
+                        "wr_operations": device.writes,
+                        "failed_wr_operations": 0,
+                        "wr_total_time_ns": device.write_ns,
+                    },
+                }
+                for device in self.devices.values()
+            ]
         return [
             {"node-name": node.name, "stats": {"wr_highest_offset": node.high_water}}
             for node in self.nodes.values()

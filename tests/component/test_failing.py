@@ -9,7 +9,7 @@ from orchestrator.errors import TargetError
 from orchestrator.fleecing.names import DiskNames
 from orchestrator.model import Fleecing, Outcome
 from orchestrator.qemu import commands
-from orchestrator.qemu.commands import Command
+from orchestrator.qemu.commands import QUERY_BLOCK, QUERY_NODE_STATS, Command
 from tests.component.fake_blocks import CLUSTER, Job
 from tests.component.fake_monitor import Trouble
 from tests.component.test_admission import logged
@@ -375,8 +375,8 @@ async def test_what_could_not_be_undone_is_undone_by_the_next_run(
     world = make()
     at_half(world, lambda: world.qemu.break_snapshot("vda"))
     # A disk that is copied is asked for with query-blockstats, and then taken out; if that is refused, again.
-    occasions = {"query-blockstats"} | ({"query-block"} if trouble is Trouble.REFUSED else set())
-    world.qemu.before = lambda asked: asked.name in occasions and world.troubles.on(command, trouble)
+    occasions = [QUERY_NODE_STATS, *([QUERY_BLOCK] if trouble is Trouble.REFUSED else [])]
+    world.qemu.before = lambda asked: asked in occasions and world.troubles.on(command, trouble)
     result = await world.back_up(run=OTHER_RUN)
     world.qemu.before = lambda _command: None
     assert result.outcome is Outcome.FAILED

@@ -11,7 +11,7 @@ from orchestrator.errors import CommandFailed
 from orchestrator.fleecing.bitmaps import name_of
 from orchestrator.fleecing.names import IMAGE, role_of
 from orchestrator.model import Kind, Outcome, RunResult
-from orchestrator.qemu.commands import Command
+from orchestrator.qemu.commands import QUERY_NODE_STATS, Command
 from orchestrator.target.base import ParentUnusable
 from tests.component.fake_blocks import CLUSTER
 from tests.component.fake_monitor import Trouble
@@ -138,7 +138,7 @@ async def test_what_could_not_be_settled_is_settled_by_the_next_run(make: Make) 
     write(world, "vda", 1, "before")
     world.qemu.during_copy = lambda _job: world.qemu.break_snapshot("vda")
     world.qemu.before = lambda asked: (
-        asked.name == "query-blockstats" and world.troubles.on("transaction", Trouble.REFUSED)
+        asked == QUERY_NODE_STATS and world.troubles.on("transaction", Trouble.REFUSED)
     )
     assert (await world.back_up(run="00000002")).outcome is Outcome.FAILED
     assert len(bitmaps(world)) == 2

@@ -11,6 +11,7 @@ from orchestrator.model import Fleecing, FleecingPolicy, Outcome, Phase, RunResu
 from orchestrator.qemu.commands import Command
 from orchestrator.target.extra_files import ExtraFile
 from tests.component.fake_blocks import CLUSTER, Job
+from tests.component.fake_monitor import Trouble
 from tests.component.fake_qemu import FakeQemu
 from tests.component.world import MIB, RUN, SOCKET, World, failed_with
 
@@ -94,6 +95,34 @@ async def test_what_the_result_says(make: Make) -> None:
     phases = [one.phase for one in world.progress]
     assert [*dict.fromkeys(phases)] == [*Phase][1:]
     assert phases == sorted(phases, key=[*Phase].index)
+
+
+async def test_the_result_says_how_long_the_guests_writes_took(make: Make) -> None:
+    world = make()
+
+    def guest(command: Command) -> None:
+        if command.name == "add-fd":  # before the snapshot
+            overwrite(world.qemu, "vda", range(4))
+
+    def copying(_job: Job) -> None:
+        world.qemu.write_ns = 5_000_000
+        overwrite(world.qemu, "vdb", range(2))
+
+    world.qemu.before, world.qemu.during_copy, world.qemu.pace = guest, copying, 16
+    writes = succeeded(await world.back_up()).guest_writes
+    assert writes is not None
+    assert (writes.before_ms, writes.mean_ms, writes.worst_ms, writes.p99_ms) == (1.0, 5.0, 5.0, None)
+    assert writes.count > 0
+    assert world.progress[-1].guest_writes == writes
+    assert world.progress[-1].recent_write_ms == (5.0,)
+    assert not [command for command in world.qemu.executed if "histogram" in command.name]
+
+
+async def test_a_guest_whose_writes_cannot_be_asked_about_is_backed_up_all_the_same(make: Make) -> None:
+    world = make()
+    for _ in range(3):
+        world.host.troubles.on("query-blockstats", Trouble.REFUSED, also=lambda it: not it.arguments)
+    assert succeeded(await world.back_up()).guest_writes is None
 
 
 async def test_the_snapshot_records_its_run(make: Make) -> None:

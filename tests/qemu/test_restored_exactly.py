@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from orchestrator.model import Fleecing, Phase
-from tests.guest.vm import MIB, DiskSpec, GuestVm, Workload
+from tests.guest.vm import HISTOGRAM_NS, MIB, DiskSpec, GuestVm, Workload
 from tests.qemu.hooks import At
 from tests.qemu.host import DIRECT, FLEECED, SLOWLY, Host, assert_succeeded
 
@@ -83,6 +83,7 @@ async def test_a_backup_under_load_is_its_moment_byte_for_byte(vm: GuestVm, way:
     jobs_may_start = asyncio.Event()
     host = Host(tmp_path, vm, connect=At("blockdev-backup", jobs_may_start.wait))
     await vm.pause()
+    first = await vm.writes()
     async with host.backing_up(fleecing, target=target, bwlimit=SLOWLY) as under_way:
         await under_way.until(lambda: under_way.phase is Phase.COPYING, "the point in time")
         moment = await host.copies()
@@ -90,6 +91,7 @@ async def test_a_backup_under_load_is_its_moment_byte_for_byte(vm: GuestVm, way:
         await vm.wait_writes(overwriting(vm))
         jobs_may_start.set()
         await vm.wait_writes(overwriting(vm))
+        copying = await vm.writes()
         await under_way.hurry()
     result = under_way.result
     assert_succeeded(result)
@@ -98,6 +100,15 @@ async def test_a_backup_under_load_is_its_moment_byte_for_byte(vm: GuestVm, way:
         assert disk.copied_bytes == disk.size_bytes
         assert (disk.storage == "local") == fleecing.enabled
         assert not fleecing.enabled or disk.fleecing_peak_bytes > min(disk.size_bytes, 4 * MIB) // 2
+    # Those to all disks, whatever bus they are on, by counters that no filter disturbs; and nothing else's.
+    writes = result.guest_writes
+    assert writes is not None
+    assert copying - first <= writes.count <= await vm.writes() - first
+    assert writes.mean_ms is not None
+    assert writes.worst_ms is not None
+    assert 0 < writes.mean_ms <= writes.worst_ms
+    assert int(1e6 * (writes.p99_ms or 0)) in HISTOGRAM_NS
+    assert writes.before_ms is None  # it was paused
     await host.assert_restores(moment, target)
     await host.assert_as_before()
     shutil.rmtree(tmp_path)

@@ -83,6 +83,11 @@ async def incremental_backup(host: Host, *, grows: bool) -> None:
     assert_succeeded(under_way.result)
     assert under_way.result.kind is Kind.INCREMENTAL
     assert under_way.result.pause_ms is not None
+    writes = under_way.result.guest_writes
+    assert writes is not None
+    assert writes.count >= OVERWRITING
+    assert writes.mean_ms is not None
+    assert writes.before_ms is not None
     restored = await host.restored()
     paths = [restored[disk.id] for disk in vm.disks]
     verdict = await asyncio.to_thread(

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from orchestrator.cli.main import make_parser
-from orchestrator.model import DiskResult, ErrorReport, RunResult
+from orchestrator.model import DiskResult, ErrorReport, GuestWrites, RunResult
 from orchestrator.run.restore import Restored
 from orchestrator.service import documents, status
 from orchestrator.target.base import Snapshot, SnapshotDisk
@@ -16,6 +16,7 @@ TEXT = (Path(__file__).parents[2] / "docs" / "json.md").read_text()
 CLASSES = (
     RunResult,
     DiskResult,
+    GuestWrites,
     ErrorReport,
     documents.RunSummary,
     documents.RunDetails,

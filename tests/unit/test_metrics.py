@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from orchestrator import config
-from orchestrator.model import DiskResult, ErrorReport, Kind, Outcome, RunResult
+from orchestrator.model import DiskResult, ErrorReport, GuestWrites, Kind, Outcome, RunResult
 from orchestrator.service import metrics
 from orchestrator.service.metrics import Metrics
 from orchestrator.service.status import RunStatus, Status, StorageStatus, WaitingStatus
@@ -45,7 +45,17 @@ STATUS = Status(
     process=1,
     started="2026-11-23T02:30:00+00:00",
     storages=(StorageStatus("local", "/f", 100, 50, 10, 20, 30, None, None, 1, None),),
-    runs=(RunStatus("web01", "b46bcf3e", None, "main", "copying", "2026-11-23T02:30:01+00:00", 9, 8, 7, 6),),
+    runs=(
+        RunStatus(
+            *("web01", "b46bcf3e", None, "main", "copying", "2026-11-23T02:30:01+00:00", 9, 8, 7, 6),
+            guest_writes=GuestWrites(7, 3.0, 8.0, None, 1.0),
+            recent_write_ms=(8.0, None, 2.0),
+        ),
+        RunStatus(
+            *("db01", "b46bcf3f", None, "main", "copying", "2026-11-23T02:30:01+00:00", 9, 8, 7, 6),
+            recent_write_ms=(8.0, None),
+        ),
+    ),
     queue=(
         WaitingStatus("db01", "5e22b9f4", "j", "main", 50, "2020-11-23T02:30:02+00:00", ("one",)),
         WaitingStatus("db02", "5e22b9f5", "j", "main", 50, "2020-11-23T02:30:02+00:00", ("two",), "2036-01-01"),
@@ -69,6 +79,7 @@ def result(
         disks=(DiskResult("vda", 1000, 700, 30, "local"), DiskResult("vdb", 500, 50, 3, "local")),
         error=ErrorReport(error, "it did not work") if error else None,
         stored_bytes=None if error else 321,
+        guest_writes=None if error else GuestWrites(9, 2.5, 40.0, None, 0.5),
     )
 
 
@@ -116,6 +127,8 @@ def test_a_run_is_told_with_its_vm_and_job(told: Metrics) -> None:
     }
     assert found[f"vmfleece_last_run_fleecing_peak_bytes {of_vm}"] == 33
     assert found[f"vmfleece_last_run_pause_seconds {of_vm}"] == 0.004
+    assert found[f"vmfleece_last_run_guest_write_mean_seconds {of_vm}"] == 0.0025
+    assert found[f"vmfleece_last_run_guest_write_worst_seconds {of_vm}"] == 0.04
     assert found["vmfleece_runs_total backup_job=nightly outcome=succeeded"] == 1
     assert found["vmfleece_copied_bytes_total target=main"] == 750
     assert found["vmfleece_guest_pause_seconds_bucket le=0.002"] == 0
@@ -156,6 +169,7 @@ def test_the_past_is_taken_from_the_catalogue(told: Metrics, tmp_path: Path) -> 
     assert found["vmfleece_last_success_timestamp_seconds backup_job=nightly vm=web01"] == WHEN.timestamp()
     assert found["vmfleece_last_run_timestamp_seconds backup_job=nightly vm=web01"] == later.timestamp()
     assert found["vmfleece_last_run_success backup_job=nightly vm=web01"] == 0
+    assert "vmfleece_last_run_guest_write_mean_seconds backup_job=nightly vm=web01" not in found  # it failed
     assert not [name for name in found if name.startswith("vmfleece_runs_total")]
 
 
@@ -166,7 +180,9 @@ def test_storages_and_queue_are_as_the_status_says(told: Metrics) -> None:
     assert "vmfleece_storage_free_bytes storage=local" not in found  # it could not be asked
     assert (found["vmfleece_queue_length"], found["vmfleece_retries_waiting"]) == (1, 1)
     assert found["vmfleece_queue_oldest_wait_seconds"] > 86400
-    assert found["vmfleece_runs_under_way phase=copying"] == 1
+    assert found["vmfleece_runs_under_way phase=copying"] == 2
+    writes = {name: value for name, value in found.items() if name.startswith("vmfleece_guest_write_latency")}
+    assert writes == {"vmfleece_guest_write_latency_seconds vm=web01": 0.002}
 
 
 async def test_the_loops_lag_is_seen(told: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
