@@ -24,7 +24,7 @@ from pathlib import Path
 from benchmarks import report
 from benchmarks.report import Section, Table
 from orchestrator import aio
-from orchestrator.cli.main import run_async
+from orchestrator.cli.running import run_async
 from orchestrator.units import GIB
 from tests.guest.restics import RESTICS
 

@@ -17,8 +17,8 @@ from rich.table import Table
 from benchmarks import slow_target
 from orchestrator import config, log
 from orchestrator.cli import render
-from orchestrator.cli.main import run_async
 from orchestrator.cli.progress import Display, result_lines
+from orchestrator.cli.running import run_async
 from orchestrator.model import Fleecing, Progress, RunOptions, RunResult
 from orchestrator.run.restore import restore
 from orchestrator.service import engine

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from orchestrator import log
-from orchestrator.cli.main import run_async
+from orchestrator.cli.running import run_async
 
 
 @dataclass(frozen=True, slots=True)

@@ -220,6 +220,23 @@ class Phase(StrEnum):
     CLEANING = "cleaning"
 
 
+class RunState(StrEnum):
+    """Where a run is, or how it ended; `lost`: its vmfleece died, and what became of it is not known."""
+
+    PLANNING = "planning"
+    QUEUED = Phase.QUEUED.value
+    PREPARING = Phase.PREPARING.value
+    SNAPSHOTTING = Phase.SNAPSHOTTING.value
+    COPYING = Phase.COPYING.value
+    COMMITTING = Phase.COMMITTING.value
+    CLEANING = Phase.CLEANING.value
+    SUCCEEDED = Outcome.SUCCEEDED.value
+    WARNING = Outcome.WARNING.value
+    FAILED = Outcome.FAILED.value
+    CANCELLED = Outcome.CANCELLED.value
+    LOST = "lost"
+
+
 @dataclass(frozen=True, slots=True)
 class DiskProgress:
     """How far one disk is. `fleecing_bytes` is what its fleecing image occupies right now.

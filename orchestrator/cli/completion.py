@@ -16,8 +16,6 @@ import shtab
 from orchestrator.config import DEFAULT_PATH
 from orchestrator.errors import EXIT_OK
 
-SHELLS = ("bash", "zsh", "fish")
-
 SECTIONS = {"VM": "vm", "T": "target", "JOB": "job", "SNAPSHOT": "snapshot"}
 """The metavars that stand for a name, and the tables of the configuration that the names head."""
 
@@ -41,7 +39,7 @@ _PREAMBLE = {
 
 
 def script(parser: argparse.ArgumentParser, shell: str) -> str:
-    """What the shell sources. `shell`: one of SHELLS."""
+    """What the shell sources. `shell`: one of arguments.SHELLS."""
     for action in _actions(parser):
         if completed := _by(action):
             action.complete = completed  # type: ignore[attr-defined]  # where shtab looks for it

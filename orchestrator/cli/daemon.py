@@ -1,13 +1,16 @@
 """`vmfleece daemon`."""
 
-import argparse
+from pathlib import Path
 
-from orchestrator.config import Config
+from orchestrator import config, log
+from orchestrator.cli.running import on_loop
 from orchestrator.errors import EXIT_OK
-from orchestrator.service.daemon import serve
+from orchestrator.service import starting
 
 
-async def daemon(config: Config, _arguments: argparse.Namespace) -> int:
-    """Serve until told to stop; EXIT_FAILED and EXIT_INTERRUPTED if runs had to be left as they were."""
-    await serve(config)
+def daemon(path: Path | None) -> int:
+    """Serve until told to stop. Raises what `starting.serve` does."""
+    loaded = config.load(path or config.default_path())
+    log.configure(log_format=loaded.daemon.log_format, level=loaded.daemon.log_level)
+    on_loop(starting.serve(loaded))
     return EXIT_OK

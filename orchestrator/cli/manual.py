@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import __version__
+from orchestrator.cli.arguments import make_parser
 from orchestrator.cli.config import as_toml
-from orchestrator.cli.main import make_parser
 from orchestrator.config import DEFAULT_PATH, json_schema
 from orchestrator.config.schema import NAMED, SECTIONS
 

@@ -9,9 +9,10 @@ from orchestrator.cli import render
 from orchestrator.cli.progress import guest_writes, result_lines
 from orchestrator.config import Config
 from orchestrator.errors import EXIT_OK, RefusedError
+from orchestrator.model import RunState
 from orchestrator.service import client, history
 from orchestrator.service.api.base import RunsQuery
-from orchestrator.service.documents import RunDetails, Runs, RunState
+from orchestrator.service.documents import RunDetails, Runs
 from orchestrator.service.status import Status
 from orchestrator.state.catalogue import Catalogue
 from orchestrator.units import format_duration, format_size

@@ -16,9 +16,10 @@ import abc
 import asyncio
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from orchestrator.errors import CommandFailed, ConnectionLost, MonitorError
 from orchestrator.qemu.commands import Command
@@ -169,3 +170,9 @@ def raise_first(replies: Sequence[Any]) -> None:
     for reply in replies:
         if isinstance(reply, CommandFailed):
             raise reply
+
+
+class Connect(Protocol):
+    """How a VM's monitor is reached; `qmp.connect` but in tests."""
+
+    def __call__(self, path: Path, *, vm: str) -> AbstractAsyncContextManager[Monitor]: ...

@@ -17,8 +17,6 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
-from typing import Protocol
 
 import structlog
 
@@ -45,7 +43,7 @@ from orchestrator.model import (
     Vm,
 )
 from orchestrator.qemu import capabilities, commands, jobs, qmp, tools
-from orchestrator.qemu.monitor import Monitor
+from orchestrator.qemu.monitor import Connect, Monitor
 from orchestrator.run import copy, particulars, quiesce, survey, vigil
 from orchestrator.run.copying import Copies, Copying, by_windows
 from orchestrator.run.outcome import WAS_CANCELLED, DiskRun, Facts, log_result
@@ -60,12 +58,6 @@ log = structlog.get_logger(__name__)
 UNDO_STEP_SECONDS = 120.0
 UNDO_RECONNECT_SECONDS = 20.0
 TAKE_OUT = "take everything out of QEMU"
-
-
-class Connect(Protocol):
-    """How a VM's monitor is reached; `qmp.connect` but in tests."""
-
-    def __call__(self, path: Path, *, vm: str) -> AbstractAsyncContextManager[Monitor]: ...
 
 
 @dataclass(frozen=True, slots=True)

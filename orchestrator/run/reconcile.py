@@ -72,7 +72,7 @@ class Repair:
 
 def decide(evidence: Evidence, *, host: str, ours: Container[str], running: Container[str]) -> list[Repair]:
     """What to do, in the order in which it is done. `ours` are the runs that were ever ours, on this `host`."""
-    repairs = [*_guests(evidence.intents, running)]
+    repairs = [*of_guests(evidence.intents, running)]
     for vm in evidence.vms:
         repairs += _in_qemu(vm, ours, running)
     by_monitor = {vm.monitor: vm for vm in evidence.vms}
@@ -85,7 +85,8 @@ def decide(evidence: Evidence, *, host: str, ours: Container[str], running: Cont
     return sorted(repairs, key=lambda repair: order.index(repair.act))
 
 
-def _guests(intents: Iterable[Intent], running: Container[str]) -> Iterable[Repair]:
+def of_guests(intents: Iterable[Intent], running: Container[str]) -> Iterable[Repair]:
+    """What is to be done to guests, in the order of the journal."""
     for intent in intents:
         if intent.run in running:
             continue

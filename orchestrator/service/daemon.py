@@ -9,38 +9,32 @@ import asyncio
 import os
 from collections.abc import Mapping
 from functools import partial
-from typing import NoReturn
 
 import structlog
 
 from orchestrator import aio
 from orchestrator.config import Config, JobSettings
-from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, VmfleeceError
+from orchestrator.errors import VmfleeceError
 from orchestrator.model import Phase, Progress
 from orchestrator.service import engine, reclaim, reload, scheduler, systemd
 from orchestrator.service.engine import Engine
 from orchestrator.service.reconciler import Reconciler
-from orchestrator.units import format_duration
+from orchestrator.service.starting import Told
+from orchestrator.state.journal import Journal
 
 log = structlog.get_logger(__name__)
 
 RECONCILE_SECONDS = 600.0
 
 
-async def serve(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT. Raises StateError if another vmfleece runs.
-
-    Ends the process with EXIT_FAILED if that takes longer than `stop_timeout`, EXIT_INTERRUPTED if told twice.
-    """
-    stop = asyncio.Event()
-    async with engine.opened(config, supervise=True) as opened:
-        abort = partial(_abort, opened, "told again", EXIT_INTERRUPTED)
-        with aio.told_to_stop(partial(_stop, opened, stop), abort), reload.asked() as told:
-            await _serve(opened, stop, told)
-    log.info("daemon.stopped")
+async def serve(config: Config, journal: Journal, told: Told) -> None:
+    """Serve until told to stop, in the state_dir of `journal`. Raises StateError."""
+    async with engine.opened(config, supervise=True, journal=journal) as opened:
+        told.serving(opened)
+        await _serve(opened, told)
 
 
-async def _serve(opened: Engine, stop: asyncio.Event, told: asyncio.Event) -> None:
+async def _serve(opened: Engine, told: Told) -> None:
     await opened.probe_storages()
     status = _Status()
     at_start = set(opened.config.job)
@@ -66,33 +60,16 @@ async def _serve(opened: Engine, stop: asyncio.Event, told: asyncio.Event) -> No
 
         config = opened.config
         follow(config)
-        start(reload.serve(told, opened, follow=follow, say=status.warn))
+        start(reload.serve(told.reload, opened, follow=follow, say=status.warn))
         scheduled = _scheduled(config)
         log.info("daemon.ready", pid=os.getpid(), vms=len(config.vm), jobs=len(config.job), scheduled=scheduled)
         systemd.notify(READY="1", STATUS=f"{scheduled} jobs with a schedule, no run under way")
-        await stop.wait()
+        await told.stop.wait()
 
 
 def _scheduled(config: Config) -> int:
     """How many jobs have turns of their own. With none, it only does what it is asked for."""
     return sum(job.schedule is not None for job in config.job.values())
-
-
-def _stop(opened: Engine, stop: asyncio.Event) -> None:
-    timeout_seconds = opened.config.daemon.stop_timeout_seconds
-    log.info("daemon.stopping", timeout_seconds=timeout_seconds)
-    systemd.notify(STOPPING="1", STATUS="ending the runs under way")
-    # Not taken back: after the runs, it is threads that may hang, in a file system that does not answer.
-    why = f"not ended within {format_duration(timeout_seconds)} (daemon.stop_timeout)"
-    asyncio.get_running_loop().call_later(timeout_seconds, _abort, opened, why, EXIT_FAILED)
-    opened.stop()
-    stop.set()
-
-
-def _abort(opened: Engine, why: str, code: int) -> NoReturn:
-    """End at once, as a kill does: the next start puts guests and targets right."""
-    log.error("daemon.aborted", why=why, runs=opened.under_way())
-    os._exit(code)
 
 
 async def _clear_targets(reconciler: Reconciler) -> None:

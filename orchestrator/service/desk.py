@@ -27,8 +27,9 @@ from orchestrator.service.documents import (
     VmDetails,
     Vms,
 )
+from orchestrator.service.guests import Repaired
 from orchestrator.service.orders import BackupOrder
-from orchestrator.service.reconciler import Reconciler, Repaired
+from orchestrator.service.reconciler import Reconciler
 from orchestrator.service.status import Status
 from orchestrator.state.catalogue import Catalogue
 

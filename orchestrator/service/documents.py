@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from orchestrator.fleecing.bitmaps import Bitmap
-from orchestrator.model import ErrorReport, Outcome, Phase, RunResult
+from orchestrator.model import ErrorReport, RunResult, RunState
 from orchestrator.service.status import RunStatus, StorageStatus, WaitingStatus
 from orchestrator.target.base import SnapshotDisk
 
@@ -91,23 +91,6 @@ class VmDetails:
     disks: tuple[PlannedDisk, ...]
     warnings: tuple[str, ...]
     error: ErrorReport | None
-
-
-class RunState(StrEnum):
-    """Where a run is, or how it ended; `lost`: its vmfleece died, and what became of it is not known."""
-
-    PLANNING = "planning"
-    QUEUED = Phase.QUEUED.value
-    PREPARING = Phase.PREPARING.value
-    SNAPSHOTTING = Phase.SNAPSHOTTING.value
-    COPYING = Phase.COPYING.value
-    COMMITTING = Phase.COMMITTING.value
-    CLEANING = Phase.CLEANING.value
-    SUCCEEDED = Outcome.SUCCEEDED.value
-    WARNING = Outcome.WARNING.value
-    FAILED = Outcome.FAILED.value
-    CANCELLED = Outcome.CANCELLED.value
-    LOST = "lost"
 
 
 @dataclass(frozen=True, slots=True)

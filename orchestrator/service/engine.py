@@ -26,8 +26,8 @@ from orchestrator.config.settings import TargetDriver, TargetSettings
 from orchestrator.errors import ConfigError, StateError, StorageError, VmfleeceError
 from orchestrator.model import ErrorReport, Phase, Progress, RunOptions, RunResult, Vm
 from orchestrator.qemu import qmp
-from orchestrator.qemu.monitor import Monitor
-from orchestrator.run.backup import Connect, Means, back_up, new_run_id
+from orchestrator.qemu.monitor import Connect, Monitor
+from orchestrator.run.backup import Means, back_up, new_run_id
 from orchestrator.run.outcome import Facts, log_result, never_began
 from orchestrator.run.prune import prune
 from orchestrator.run.survey import Storages
@@ -36,6 +36,7 @@ from orchestrator.service.api import server
 from orchestrator.service.api.base import Service
 from orchestrator.service.desk import Desk
 from orchestrator.service.feed import Feed
+from orchestrator.service.guests import Guests
 from orchestrator.service.hooks import JobHook
 from orchestrator.service.in_force import InForce, Setup
 from orchestrator.service.jobs import Jobs
@@ -147,15 +148,23 @@ def _target(settings: TargetSettings) -> Target:
 
 @contextlib.asynccontextmanager
 async def opened(
-    config: Config, *, connect: Connect = qmp.connect, recover: bool = True, supervise: bool = False
+    config: Config,
+    *,
+    connect: Connect = qmp.connect,
+    recover: bool = True,
+    supervise: bool = False,
+    journal: Journal | None = None,
 ) -> AsyncIterator["Engine"]:
     """An engine that owns state_dir for the block; `connect` is how it reaches VMs. Raises StateError.
 
     `recover`: it puts right by itself what dead runs left of guests and grants. `supervise`: it looks after all
-    VMs all the time, and does what it is asked for over the API, as the daemon does.
+    VMs all the time, and does what it is asked for over the API, as the daemon does. `journal`: that of a
+    state_dir that is owned already.
     """
-    with lock.owned(config.daemon.state_dir):
-        engine = Engine(config, connect, supervise=supervise)
+    with contextlib.ExitStack() as stack:
+        if journal is None:
+            stack.enter_context(lock.owned(config.daemon.state_dir))
+        engine = Engine(config, journal or Journal(config.daemon.state_dir), connect, supervise=supervise)
         async with engine.serving(recover=recover):
             yield engine
 
@@ -163,10 +172,10 @@ async def opened(
 class Engine:
     """Runs backups of the configured VMs, each VM's one after the other."""
 
-    def __init__(self, config: Config, connect: Connect, *, supervise: bool) -> None:
+    def __init__(self, config: Config, journal: Journal, connect: Connect, *, supervise: bool) -> None:
         self._supervise = supervise
         self.catalogue = Catalogue(config.daemon.state_dir)
-        self._journal = Journal(config.daemon.state_dir)
+        self._journal = journal
         self._started = datetime.now(UTC)
         self._controller = Controller(
             {}, SqliteLedger(ledger_path(config)), max_runs=config.daemon.max_runs, target_max_runs={}
@@ -192,6 +201,7 @@ class Engine:
             connect=self._reach,
             running=lambda: {live.vm: run for run, live in self._live.items()},
             lock=self._vm_lock,
+            guests=Guests(self._journal, self._reach, running=lambda: self._live),
         )
         """What finds all that dead runs have left, anywhere, and puts it right."""
         self._supervisors = Supervisors(connect, self.reconciler)
@@ -505,7 +515,7 @@ class Engine:
     async def _guests_first(self) -> None:
         """Continue and thaw what dead runs left paused or frozen, at once and until it is known to be done."""
         while True:
-            await self._try(self.reconciler.put_guests_right())
+            await self._try(self.reconciler.guests.put_right())
             await asyncio.sleep(RECOVER_SECONDS)
 
     async def _recover(self) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from orchestrator.errors import UnknownName
-from orchestrator.model import RunResult
+from orchestrator.model import RunResult, RunState
 from orchestrator.service.api.base import RunsQuery
-from orchestrator.service.documents import RunDetails, Runs, RunState, RunSummary
+from orchestrator.service.documents import RunDetails, Runs, RunSummary
 from orchestrator.service.status import Status
 from orchestrator.state.catalogue import Catalogue, Entry
 

@@ -7,10 +7,9 @@ The one mechanism for it: at start, after each connection to a VM (`supervisor`)
 import asyncio
 import contextlib
 import socket
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Container, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,14 +17,13 @@ import structlog
 
 from orchestrator.admission.controller import Controller
 from orchestrator.admission.ledger.base import Holding
-from orchestrator.errors import MonitorError, NobodyThere, TargetError, VmfleeceError
-from orchestrator.fleecing import pauser, rotation
-from orchestrator.qemu.monitor import Monitor
-from orchestrator.run import quiesce, reconcile, survey
-from orchestrator.run.backup import Connect
+from orchestrator.errors import MonitorError, NobodyThere, TargetError
+from orchestrator.fleecing import rotation
+from orchestrator.qemu.monitor import Connect, Monitor
+from orchestrator.run import reconcile, survey
 from orchestrator.run.reconcile import Act, Evidence, Reach, Repair, Vm
+from orchestrator.service.guests import GUESTS, Guests, Repaired, attempt
 from orchestrator.service.in_force import InForce
-from orchestrator.state import journal as journals
 from orchestrator.state.catalogue import Catalogue
 from orchestrator.state.journal import Intent, Journal
 from orchestrator.target.base import Target
@@ -37,8 +35,6 @@ T = TypeVar("T")
 ROUNDS = 3
 AT_ONCE = 64
 """VMs that are asked side by side."""
-GUESTS = {Act.CONTINUE: journals.Act.PAUSE, Act.THAW: journals.Act.FREEZE}
-"""What puts a guest right, and what had been done to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +45,6 @@ class _Known(Container[str]):
 
     def __contains__(self, run: object) -> bool:
         return self.catalogue.knows(str(run))
-
-
-@dataclass(frozen=True, slots=True)
-class Repaired:
-    """What became of a repair. Without an `error` it was done; a repair that is `Act.NOTHING` is only told."""
-
-    repair: Repair
-    error: VmfleeceError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +61,7 @@ class Reconciler:
     connect: Connect
     running: Callable[[], Mapping[str, str]]
     lock: Callable[[str], AbstractAsyncContextManager[object]]
-    guests: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
-    """Held while a VM's guest is put right: an agent serves one client."""
+    guests: Guests
 
     @property
     def monitors(self) -> dict[str, Path]:
@@ -99,46 +86,10 @@ class Reconciler:
 
     async def put_right(self) -> list[Repaired]:
         """Plan and do it: guests first, then VM by VM, side by side. Raises StateError."""
-        done = await self.put_guests_right()
+        done = await self.guests.put_right()
         for repaired in await self._at_each(self._places(), self.put_vm_right):
             done += repaired
         return [*done, *await self.put_targets_right()]
-
-    # --- guests ---
-
-    async def put_guests_right(self, vm: str | None = None) -> list[Repaired]:
-        """Continue what dead runs left paused, and thaw what they left frozen: all guests at once, or one VM's.
-
-        Raises StateError.
-        """
-        intents = await asyncio.to_thread(self.journal.open)
-        repairs: defaultdict[str, list[Repair]] = defaultdict(list)
-        for repair in self._decide(intents=[one for one in intents if vm in (None, one.vm)]):
-            repairs[repair.vm].append(repair)
-        done = await asyncio.gather(*(self._one_after_the_other(of_vm) for of_vm in repairs.values()))
-        return [repaired for of_vm in done for repaired in of_vm]
-
-    async def _one_after_the_other(self, repairs: Iterable[Repair]) -> list[Repaired]:
-        return [await self._carry_out(repair) for repair in repairs]
-
-    async def _put_guest_right(self, repair: Repair) -> bool:
-        done = False
-        async with self.guests[repair.vm]:
-            for intent in await asyncio.to_thread(self.journal.open):  # somebody may just have done it
-                if (intent.act, intent.vm, intent.run) != (GUESTS[repair.act], repair.vm, repair.subject):
-                    continue
-                if intent.act is journals.Act.FREEZE:
-                    await quiesce.recover(intent, self.journal)
-                else:
-                    await self._continue(intent)
-                done = True
-        return done
-
-    async def _continue(self, intent: Intent) -> None:
-        with contextlib.suppress(NobodyThere):  # so is the guest that was paused
-            async with self.connect(pauser.monitor_of(intent), vm=intent.vm) as monitor:
-                await pauser.go_on(monitor, intent)
-        await asyncio.to_thread(self.journal.settled, intent)
 
     # --- one VM ---
 
@@ -280,20 +231,12 @@ class Reconciler:
     async def _carry_out(self, repair: Repair) -> Repaired:
         if repair.act is Act.NOTHING:
             return Repaired(repair)
-        with structlog.contextvars.bound_contextvars(vm=repair.vm):
-            try:
-                acted = await self._act(repair)
-            except VmfleeceError as error:
-                log.warning("repair.failed", act=repair.act, subject=repair.subject, error=str(error))
-                return Repaired(repair, error)
-            if acted:
-                log.info("repair.done", act=repair.act, subject=repair.subject, reason=repair.reason)
-            return Repaired(repair)
+        return await attempt(repair, self._act)
 
     async def _act(self, repair: Repair) -> bool:
         """Whether it was still to be done, and is ours to do."""
         if repair.act in GUESTS:
-            return await self._put_guest_right(repair)
+            return await self.guests.act(repair)
         if repair.act is Act.CLEAR_TARGET:
             if target := self.targets.get(repair.subject):  # it may not be configured any more
                 await target.clear()

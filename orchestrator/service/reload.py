@@ -5,10 +5,8 @@ a configuration that says the same as before changes nothing.
 """
 
 import asyncio
-import contextlib
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import structlog
 
@@ -19,17 +17,6 @@ from orchestrator.service import systemd
 from orchestrator.service.engine import Engine
 
 log = structlog.get_logger(__name__)
-
-
-@contextlib.contextmanager
-def asked() -> Iterator[asyncio.Event]:
-    """What SIGHUP sets, for the block; after it, the signal does nothing."""
-    loop, told = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_signal_handler(signal.SIGHUP, told.set)
-    try:
-        yield told
-    finally:
-        loop.add_signal_handler(signal.SIGHUP, lambda: None)
 
 
 async def serve(

@@ -31,8 +31,7 @@ from orchestrator.errors import (
 )
 from orchestrator.model import Vm
 from orchestrator.qemu import commands
-from orchestrator.qemu.monitor import Event, EventStream, Monitor
-from orchestrator.run.backup import Connect
+from orchestrator.qemu.monitor import Connect, Event, EventStream, Monitor
 from orchestrator.service.reconciler import Reconciler
 
 log = structlog.get_logger(__name__)
@@ -212,7 +211,7 @@ class Supervisor:
         """Whether nothing is left to be done."""
         vm, path = self._vm.name, str(self._vm.qmp)
         try:
-            done = await self._reconciler.put_guests_right(vm)
+            done = await self._reconciler.guests.put_right(vm)
             done += await self._reconciler.put_vm_right(vm, path)
             return all(one.error is None for one in done) and not await self._reconciler.owes(vm)
         except VmfleeceError as error:

@@ -8,8 +8,7 @@ from orchestrator.errors import UnknownName, VmfleeceError
 from orchestrator.fleecing import bitmaps, rotation
 from orchestrator.model import Disk, ErrorReport, Fleecing, FleecingPolicy, RunOptions, Vm
 from orchestrator.qemu import capabilities, commands, inventory
-from orchestrator.qemu.monitor import Monitor
-from orchestrator.run.backup import Connect
+from orchestrator.qemu.monitor import Connect, Monitor
 from orchestrator.run.plan import DiskPlan, Past, Plan
 from orchestrator.run.survey import Storages, survey
 from orchestrator.service.documents import Features, PlannedDisk, VmDetails, VmDisk, Vms, VmSummary

@@ -11,7 +11,7 @@ from pathlib import Path
 from playwright.async_api import async_playwright
 
 from orchestrator.config import Address
-from orchestrator.model import DiskProgress, ErrorReport, GuestWrites
+from orchestrator.model import DiskProgress, ErrorReport, GuestWrites, RunState
 from orchestrator.service.api import server
 from orchestrator.service.api.base import RunsQuery, Service
 from orchestrator.service.documents import (
@@ -22,7 +22,6 @@ from orchestrator.service.documents import (
     Protection,
     RunFailure,
     Runs,
-    RunState,
     RunSummary,
     StorageHistory,
     VmProtection,

@@ -439,7 +439,7 @@ def test_there_is_one_daemon_a_state_dir_also_after_a_kill(
 
 ASKS_FOR_ITS_LIMIT = """
 import asyncio, resource
-from orchestrator.cli.main import run_async
+from orchestrator.cli.running import run_async
 
 async def limit():
     tool = await asyncio.create_subprocess_exec("sh", "-c", "ulimit -n")

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cli import completion
-from orchestrator.cli.main import make_parser
+from orchestrator.cli import arguments, completion
 
 CONFIG = """\
 [daemon]
@@ -74,7 +73,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 def script(shell: str, folder: Path) -> Path:
     path = folder / f"vmfleece.{shell}"
-    path.write_text(completion.script(make_parser(), shell))
+    path.write_text(completion.script(arguments.make_parser(), shell))
     return path
 
 
@@ -159,7 +158,7 @@ SHELLS: dict[str, Callable[[str, Path, dict[str, str]], set[str]]] = {
 
 
 def test_there_is_a_test_for_each_shell() -> None:
-    assert set(SHELLS) == set(completion.SHELLS)
+    assert set(SHELLS) == set(arguments.SHELLS)
 
 
 @pytest.mark.parametrize("line", LINES)

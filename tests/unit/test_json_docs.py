@@ -5,7 +5,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from orchestrator.cli.main import make_parser
+from orchestrator.cli.arguments import make_parser
 from orchestrator.model import DiskResult, ErrorReport, GuestWrites, RunResult
 from orchestrator.run.restore import Restored
 from orchestrator.service import documents, status

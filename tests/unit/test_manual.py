@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator import errors
 from orchestrator.cli import manual
-from orchestrator.cli.main import make_parser
+from orchestrator.cli.arguments import make_parser
 from orchestrator.config.schema import SECTIONS, json_schema
 from orchestrator.target.restic import errors as restic_errors
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from orchestrator.model import RunState
 from orchestrator.service.documents import (
     Cleanup,
     History,
@@ -18,7 +19,6 @@ from orchestrator.service.documents import (
     Request,
     RunDetails,
     Runs,
-    RunState,
     Snapshots,
     Targets,
     VmDetails,
