@@ -46,13 +46,12 @@ lint: $(STAMP)
 bench: tools $(STAMP)
 	$(BIN)/python -m benchmarks
 
-# The unit, its group and folders, and the command for it (as root); then: systemctl enable --now vmfleece
-install-service: $(STAMP)
+# The unit, its group and folders (as root), for the command /usr/bin/vmfleece; then: systemctl enable --now vmfleece
+install-service:
+	@[ -n "$(DESTDIR)" ] || [ -x /usr/bin/vmfleece ] || { echo "no /usr/bin/vmfleece: first install it (README.md)" >&2; exit 1; }
 	install -D -m 644 systemd/vmfleece.service $(DESTDIR)/etc/systemd/system/vmfleece.service
 	install -D -m 644 systemd/vmfleece.sysusers.conf $(DESTDIR)/usr/lib/sysusers.d/vmfleece.conf
 	install -D -m 644 systemd/vmfleece.tmpfiles.conf $(DESTDIR)/usr/lib/tmpfiles.d/vmfleece.conf
-	install -d $(DESTDIR)/usr/bin
-	ln -sf $(abspath $(BIN))/vmfleece $(DESTDIR)/usr/bin/vmfleece
 	[ -n "$(DESTDIR)" ] || systemd-sysusers vmfleece.conf
 	[ -n "$(DESTDIR)" ] || systemd-tmpfiles --create vmfleece.conf
 

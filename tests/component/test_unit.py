@@ -15,7 +15,7 @@ MOST_EXPOSURE = 3.0
 def root(tmp_path: Path) -> Path:
     """A root folder with what `make install-service` puts into it, and the accounts that systemd itself makes."""
     installed = subprocess.run(
-        ["make", "--silent", "--directory", str(ROOT), "--assume-old=.venv/.installed", "install-service"],
+        ["make", "--silent", "--directory", str(ROOT), "install-service"],
         env=os.environ | {"DESTDIR": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -67,5 +67,8 @@ def test_the_folder_of_the_configuration_is_made(root: Path) -> None:
     assert (root / "etc/vmfleece").is_dir()
 
 
-def test_the_command_is_where_the_unit_looks_for_it(root: Path) -> None:
-    assert (root / "usr/bin/vmfleece").readlink() == ROOT / ".venv/bin/vmfleece"
+def test_the_readme_puts_the_command_where_the_unit_looks_for_it(root: Path) -> None:
+    (started,) = [line for line in UNIT.read_text().splitlines() if line.startswith("ExecStart=")]
+    assert started == "ExecStart=/usr/bin/vmfleece daemon"
+    assert "ln -s /opt/vmfleece/bin/vmfleece /usr/bin/`" in (ROOT / "README.md").read_text()
+    assert not (root / "usr/bin").exists()  # it takes root's own installation, and nothing of a clone
