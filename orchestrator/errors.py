@@ -79,12 +79,17 @@ class ConfigError(VmfleeceError):
 
 
 class UnknownName(ConfigError):
-    """Something is named that is not there; `known` are the names that are, `place` is where they stand."""
+    """Something is named that is not there; `known` are the names that are, `place` is where they stand.
+
+    Where they are too many to be told, `hint` says who knows them.
+    """
 
     code = "unknown-name"
 
-    def __init__(self, what: str, name: str, known: Iterable[str], *, place: str) -> None:
-        super().__init__(f"no {what} {name!r} in {place}", hint=f"there are: {', '.join(known) or 'none'}")
+    def __init__(self, what: str, name: str, known: Iterable[str] = (), *, place: str, hint: str = "") -> None:
+        names = ", ".join(known)
+        told = f"name one of: {names}" if names else f"there is no {what} there at all"
+        super().__init__(f"no {what} {name!r} in {place}", hint=hint or told)
 
 
 class MonitorError(VmfleeceError):

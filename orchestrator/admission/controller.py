@@ -400,7 +400,7 @@ class Controller:
             FleecingError(
                 f"storage {name}: {format_size(space.free_bytes)} free on its file system, less than its min_free"
                 f" ({format_size(space.floor_bytes)}); this run came last in order and gave way",
-                hint="others write there as well: free some space, or lower the storage's quota",
+                hint="free some space there, since others write there as well, or lower the storage's quota",
                 code="storage-low",
             )
         )

@@ -42,7 +42,7 @@ async def list_all(targets: Mapping[str, Target], vm: str | None = None) -> List
     if errors and len(errors) == len(targets):
         raise errors[0]
     for problem in errors:
-        render.complain(problem.message, problem.hint)
+        render.complain(problem)
     return Listed(found, complete=not errors)
 
 

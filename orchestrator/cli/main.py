@@ -5,7 +5,6 @@
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from orchestrator.cli.arguments import make_parser
-from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, VmfleeceError
+from orchestrator.errors import EXIT_FAILED, EXIT_INTERRUPTED, VmfleeceError
 
 DAEMON_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
@@ -68,13 +67,9 @@ def _output_was_read() -> bool:
 
 
 def _print_error(error: VmfleeceError, *, as_json: bool) -> None:
+    from orchestrator.cli import render  # noqa: PLC0415  tables, and all that they take, come with it
+
     if as_json:
-        document = {"error": {"code": error.code, "message": error.message, "hint": error.hint}}
         with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(document, indent=2))
-    print(f"vmfleece: {error.message}", file=sys.stderr)
-    if isinstance(error, ConfigError):
-        for problem in error.problems:
-            print(f"  {problem}", file=sys.stderr)
-    if error.hint:
-        print(f"  {error.hint}", file=sys.stderr)
+            render.print_json({"error": render.error_json(error)})
+    render.complain(error)

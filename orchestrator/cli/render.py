@@ -10,8 +10,9 @@ from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator.errors import VmfleeceError
-from orchestrator.model import RunResult
+from orchestrator import causes
+from orchestrator.errors import ConfigError, VmfleeceError
+from orchestrator.model import ErrorReport, RunResult
 from orchestrator.units import format_moment
 
 WIDE = 200
@@ -38,9 +39,9 @@ def print_result(lines: Iterable[str], result: RunResult) -> None:
     for line in lines:
         print_line(line)
     if result.error is not None:
-        complain(f"{result.vm}: {result.error.message}", result.error.hint)
+        complain(result.error, about=result.vm)
     for warning in result.warnings:
-        complain(f"{result.vm}: warning: {warning}")
+        warn(f"{result.vm}: warning: {warning}")
 
 
 def moment(at: datetime | str) -> str:
@@ -61,11 +62,32 @@ def print_line(text: str) -> None:
     print(text, flush=True)
 
 
-def complain(message: str, hint: str = "") -> None:
-    """A problem and what to do, on standard error."""
-    print(f"vmfleece: {message}", file=sys.stderr)
-    if hint:
-        print(f"  {hint}", file=sys.stderr)
+def warn(text: str) -> None:
+    """Something that is not as it should be, on standard error."""
+    print(f"vmfleece: {text}", file=sys.stderr)
+
+
+def complain(error: VmfleeceError | ErrorReport, *, about: str = "") -> None:
+    """An error on standard error; `about` says whose it is, where its message does not."""
+    print("\n".join(error_lines(error, about=about)), file=sys.stderr)
+
+
+def error_lines(error: VmfleeceError | ErrorReport, *, about: str = "") -> list[str]:
+    """An error for people: what happened, why, and what to do, a line each; of several problems, one each."""
+    explained = causes.explained(error.code)
+    problems = error.problems if isinstance(error, ConfigError) else ()
+    first, *more = problems or (explained.why,)
+    return [
+        f"vmfleece: {f'{about}: ' if about else ''}{_one_line(error.message)}",
+        f"  why: {_one_line(first)}",
+        *(f"       {_one_line(problem)}" for problem in more),
+        f"  do:  {_one_line(error.hint or explained.remedy)}",
+    ]
+
+
+def _one_line(text: str) -> str:
+    """A tool's own words may be several."""
+    return "; ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
 def error_json(error: VmfleeceError) -> dict[str, str]:

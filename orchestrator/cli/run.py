@@ -66,7 +66,7 @@ async def cancel(config: Config, arguments: argparse.Namespace) -> int:
     if found is None:
         raise RefusedError(
             f"no vmfleece is running, so run {arguments.run} is not under way",
-            hint=f"`vmfleece run show {arguments.run}`",
+            hint=f"`vmfleece run show {arguments.run}` says what became of it",
             code="run-over",
         )
     while found is not None and found.state not in history.OVER:

@@ -93,7 +93,7 @@ async def forget(config: Config, arguments: argparse.Namespace) -> int:
             await remove(targets[snapshot.target], snapshot)
         except TargetError as error:
             rows[-1]["error"] = render.error_json(error)
-            render.complain(error.message, error.hint)
+            render.complain(error)
         else:
             if not arguments.json:
                 render.print_line(f"{snapshot.id}: removed, {format_size(snapshot.stored_bytes)} freed")
@@ -113,7 +113,9 @@ async def restore(config: Config, arguments: argparse.Namespace) -> int:
     to = arguments.to
     if arguments.all:
         if not await asyncio.to_thread(to.is_dir):
-            raise TargetError(f"--to {to} is no folder", hint="with --all, give a folder", code="restore-path")
+            raise TargetError(
+                f"--to {to} is no folder", hint="with --all, give a folder that is there", code="restore-path"
+            )
         wanted = {disk.disk: to / _file_name(disk.disk, arguments.format) for disk in snapshot.disks}
     else:
         wanted = {arguments.disk: to}

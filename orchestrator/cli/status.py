@@ -71,7 +71,8 @@ def _is_live() -> bool:
 
 def _screen(console: Console, seen: Seen) -> Group:
     if isinstance(seen, VmfleeceError):
-        return Group(Text(seen.message, "bold red"), Text(seen.hint))
+        what, *more = render.error_lines(seen)
+        return Group(Text(what, "bold red"), *map(Text, more))
     return Group(*lines(seen, _view(console, height=console.height)))
 
 
@@ -87,7 +88,7 @@ def _print(seen: Status) -> None:
 
 def _print_block(seen: Seen) -> None:
     if isinstance(seen, VmfleeceError):
-        print(f"{seen.message}\n{seen.hint}")
+        print(*render.error_lines(seen), sep="\n")
     else:
         _print(seen)
     print(flush=True)

@@ -13,7 +13,8 @@ from rich.table import Table
 from orchestrator.cli import render
 from orchestrator.config import Config, TargetDriver, TargetSettings
 from orchestrator.errors import EXIT_FAILED, EXIT_OK, EXIT_SOME_FAILED, TargetError
-from orchestrator.service import engine, targets
+from orchestrator.service import client, engine, targets
+from orchestrator.service.documents import Targets
 from orchestrator.service.orders import target_named
 from orchestrator.target import durable
 from orchestrator.target.images.errors import explained
@@ -22,6 +23,9 @@ from orchestrator.target.repository.password import password_path, read_password
 from orchestrator.target.restic.keys import KeyInfo
 from orchestrator.target.restic.repository import Repository
 from orchestrator.units import format_size
+
+DEADLINE_SECONDS = 120.0
+"""Targets that are silent take their time."""
 
 
 async def init(config: Config, arguments: argparse.Namespace) -> int:
@@ -52,14 +56,17 @@ def _make_folder(name: str, path: Path) -> None:
             path.mkdir(mode=0o700, parents=True)
         except FileExistsError:
             raise TargetError(
-                f"{path} is there already", hint="a folder can be backed up to as it is", code="folder-exists"
+                f"{path} is there already",
+                hint="nothing: a folder can be backed up to as it is",
+                code="folder-exists",
             ) from None
         durable.sync(path.parent)
 
 
 async def list_targets(config: Config, arguments: argparse.Namespace) -> int:
-    """All targets, and what is wrong with those that cannot be used."""
-    found = await targets.summaries(config, engine.targets(config))
+    """All targets, and what is wrong with those that cannot be used: for the daemon, if one runs."""
+    asked = client.ask(config.daemon.run_dir, "/targets", Targets, deadline_seconds=DEADLINE_SECONDS)
+    found = await asked or await targets.summaries(config, engine.targets(config))
     if arguments.json:
         render.print_document(found)
     else:
@@ -148,7 +155,7 @@ async def _the_key(repository: Repository, wanted: str) -> KeyInfo:
     if len(found) != 1:
         problem = f"{len(found)} keys begin with" if found else "no key begins with"
         raise TargetError(
-            f"{problem} {wanted!r}", hint=f"there are: {', '.join(key.id for key in keys)}", code="no-key"
+            f"{problem} {wanted!r}", hint=f"name one of: {', '.join(key.id for key in keys)}", code="no-key"
         )
     return found[0]
 
@@ -209,7 +216,7 @@ def _repository(config: Config, arguments: argparse.Namespace) -> TargetSettings
     if settings.driver is TargetDriver.IMAGES:
         raise TargetError(
             f"target {settings.name} has no keys, and nothing for restic: it is a folder of qcow2 files",
-            hint="`vmfleece verify` reads its snapshots back; the space of removed ones is free at once",
+            hint="nothing: `vmfleece verify` reads snapshots back, and the space of removed ones is free at once",
             code="no-repository-target",
         )
     return settings

@@ -30,7 +30,7 @@ async def verify(config: Config, arguments: argparse.Namespace) -> int:
             rows.append(await _row(targets[snapshot.target], snapshot, arguments.sample))
             before_bytes += _size(snapshot)
             for problem in rows[-1]["problems"]:
-                render.complain(f"{snapshot.id}: {problem}")
+                render.warn(f"{snapshot.id}: {problem}")
     if arguments.json:
         render.print_json({"verified": rows})
     else:
@@ -51,7 +51,7 @@ async def _row(target: Target, snapshot: Snapshot, share: float) -> dict[str, An
     try:
         found = await target.verify(snapshot, share=share)
     except VmfleeceError as error:
-        render.complain(f"{snapshot.id}: {error.message}", error.hint)
+        render.complain(error, about=snapshot.id)
         return row | {"error": render.error_json(error)}
     return row | {
         "checked_bytes": found.checked_bytes,

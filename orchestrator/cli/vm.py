@@ -37,7 +37,7 @@ async def list_vms(config: Config, arguments: argparse.Namespace) -> int:
         render.print_table(table)
         for vm in found.vms:
             if vm.error is not None:
-                render.complain(vm.error.message, vm.error.hint)
+                render.complain(vm.error)
     return EXIT_OK if all(vm.reachable for vm in found.vms) else EXIT_FAILED
 
 
@@ -81,6 +81,6 @@ def _print(vm: VmDetails) -> None:
             kept = "kept in the image" if bitmap.persistent else "lost when the VM ends"
             render.print_line(f"{disk.disk}: {state} since {bitmap.snapshot} on {bitmap.target}, {kept}")
     for warning in vm.warnings:
-        render.complain(warning)
+        render.warn(warning)
     if vm.error is not None:
-        render.complain(vm.error.message, vm.error.hint)
+        render.complain(vm.error)

@@ -32,7 +32,7 @@ from orchestrator.config.settings import (
 from orchestrator.errors import ConfigError
 from orchestrator.model import Compression, Fleecing, FleecingPolicy, RunOptions, Vm
 
-FLEECING_EXAMPLE = "such as enabled=1,storage=local, or enabled=0 for none"
+FLEECING_EXAMPLE = "write it as enabled=1,storage=local, or enabled=0 for none"
 DEFAULT_PATH = "/etc/vmfleece/vmfleece.toml"
 
 

@@ -193,5 +193,5 @@ class Config:
     def _job(self, name: str) -> JobSettings:
         if name not in self.job:
             known = ", ".join(self.job) or "none"
-            raise ConfigError(f"there is no job {name!r} in {self.path}", hint=f"jobs: {known}")
+            raise ConfigError(f"there is no job {name!r} in {self.path}", hint=f"there are: {known}")
         return self.job[name]

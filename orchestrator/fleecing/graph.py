@@ -189,7 +189,7 @@ async def _take_out(monitor: Monitor, prefix: str, pauser: Pauser | None, *, rol
             return
     raise MonitorError(
         f"could not take everything of vmfleece out of QEMU: {'; '.join(refused)}",
-        hint="the guest goes on; the next backup of this VM tries again",
+        hint="nothing: the guest goes on, and the next backup of this VM tries again",
         code="leftovers",
     )
 
@@ -270,7 +270,7 @@ async def end_jobs(monitor: Monitor, prefix: str) -> None:
         except TimeoutError as error:
             raise MonitorError(
                 f"block jobs did not end within {JOB_END_SECONDS:g} s of being cancelled",
-                hint="the backup's target does not answer; the guest goes on",
+                hint="see why the backup's target does not answer; the guest goes on meanwhile",
                 code="job-stuck",
             ) from error
 

@@ -48,7 +48,7 @@ async def write_out(monitor: Monitor, names: DiskNames, sink: Sink, *, increment
     except CommandFailed as error:
         raise TargetError(
             f"the backup could not be written out: {error.description}",
-            hint="is the target's file system full or failing?",
+            hint="see whether the target's file system is full or failing",
             code="target-write-failed",
         ) from error
 

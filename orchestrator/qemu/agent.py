@@ -48,7 +48,7 @@ class GuestAgent:
             if not isinstance(frozen, int) or frozen < 1:
                 raise AgentError(
                     f"VM {self._vm}: its guest agent froze no file system",
-                    hint="are they mounted, and not all on its list of exceptions?",
+                    hint="see that some are mounted in the guest, and not all on its agent's list of exceptions",
                 )
         except AgentError:
             # It may be carried out yet: then the thaw is, too.
@@ -113,13 +113,13 @@ class GuestAgent:
         except TimeoutError as error:
             raise AgentError(
                 f"VM {self._vm}: its guest agent did not answer {command} within {seconds:g} s",
-                hint="is qemu-guest-agent running in the guest, and does nobody else use its socket?",
+                hint="start qemu-guest-agent in the guest, and let nobody else use its socket",
                 code="agent-silent",
             ) from error
         except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
             raise AgentError(
                 f"VM {self._vm}: the connection to its guest agent failed: {error or type(error).__name__}",
-                hint="was the VM shut down?",
+                hint="see whether the VM was shut down or started anew",
                 code="agent-gone",
             ) from error
 

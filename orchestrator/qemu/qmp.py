@@ -101,13 +101,13 @@ class QmpMonitor(Monitor):
             raise ConnectFailed(
                 f"VM {self._vm}: {self._path} accepted the connection but sent no greeting"
                 f" within {deadline_seconds:g} s",
-                hint="either another client is connected to this monitor (it serves one at a time:"
-                " give vmfleece a monitor socket of its own), or QEMU hangs",
+                hint="give vmfleece a monitor socket of its own: it serves one client at a time, and another"
+                " one may be connected to this one; else, QEMU hangs",
             ) from error
         except QMPError as error:
             raise ConnectFailed(
                 f"VM {self._vm}: {self._path} did not answer as a QMP monitor: {error}",
-                hint="the socket must be a QMP monitor: -qmp unix:PATH,server=on,wait=off",
+                hint="make the socket a QMP monitor: -qmp unix:PATH,server=on,wait=off",
             ) from error
 
     def _dial(self) -> socket.socket:
@@ -148,7 +148,7 @@ class QmpMonitor(Monitor):
         if self._process not in ("", process):
             raise NobodyThere(
                 f"VM {self._vm}: another QEMU process listens at {self._path} now",
-                hint="the VM was started anew; back it up again",
+                hint="back it up again: the VM was started anew",
             )
         return process
 
@@ -188,7 +188,7 @@ class QmpMonitor(Monitor):
             except NobodyThere as error:
                 raise NobodyThere(
                     f"VM {self._vm}: its QEMU has ended: {error.message}",
-                    hint="was it shut down, or did it crash? Its own log may say more",
+                    hint="see in its own log whether it was shut down or crashed; back it up again when it runs",
                     code="vm-gone",
                 ) from error
             except ConnectFailed:
@@ -215,7 +215,7 @@ class QmpMonitor(Monitor):
         except QMPError as error:
             raise MonitorError(
                 f"VM {self._vm}: malformed reply to {names}: {error}",
-                hint="is it a QMP monitor (-qmp), and not a human one (-monitor)?",
+                hint="make it a QMP monitor (-qmp), not a human one (-monitor)",
             ) from error
 
     async def _reply(self, command: Command) -> Any:

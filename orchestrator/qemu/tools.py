@@ -21,7 +21,7 @@ from orchestrator.qemu import reading
 
 CONVERT_REQUESTS = 16
 """Side by side; the most that qemu-img takes."""
-_MAY_READ = "is the file complete, and may this user read it?"
+_MAY_READ = "see that the file is complete, and that this user may read it"
 
 
 async def create_qcow2(descriptor: int, size_bytes: int, *, options: str = "", backing: str | None = None) -> None:

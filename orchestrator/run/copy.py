@@ -117,7 +117,7 @@ class Watch:
         if state is None:
             raise CopyError(
                 f"QEMU does not know the job {self._state.id} any more",
-                hint="the VM was restarted, or somebody dismissed the job",
+                hint="back it up again: the VM was restarted, or somebody dismissed the job",
                 code="vm-gone",
             )
         self._state = state

@@ -208,7 +208,7 @@ def _explained(to: Path) -> Iterator[None]:
     except OSError as error:
         raise TargetError(
             f"cannot restore to {to}: {error.strerror}",
-            hint="it could be read; give another path",
+            hint="give another path, or mend this one; the snapshot can be read",
             code="restore-path",
         ) from error
 

@@ -36,7 +36,7 @@ async def check_here(monitor: Monitor, vm: str) -> None:
     if migration in MIGRATING or status in GONE_ELSEWHERE:
         raise RefusedError(
             f"VM {vm}: it is being migrated to another host (migration {migration}, VM {status})",
-            hint="what it writes there cannot be seen from here; it is backed up from there, or here again later",
+            hint="back it up on the other host, or here when it is back",
             code="vm-migrating",
         )
 

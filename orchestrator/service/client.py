@@ -152,7 +152,7 @@ def _failed(path: Path, error: OSError | aiohttp.ClientError, seconds: float) ->
         why = f"none within {seconds:g} s" if isinstance(error, TimeoutError) else str(error)
         return StateError(
             f"no answer on the control socket {path}: {why}",
-            hint="the vmfleece that serves it hangs, or its host is overloaded: look at its log",
+            hint="look at its log (journalctl -u vmfleece); end it if it hangs",
             code="api-silent",
         )
     return _wrong(path, str(error) or type(error).__name__)
@@ -176,7 +176,7 @@ def _wrong(path: Path, why: str) -> StateError:
     one_line = " ".join(why.split())
     return StateError(
         f"the answer on the control socket {path} makes no sense: {one_line}",
-        hint="is it vmfleece that serves it, and of the same version as this command? Restart the daemon",
+        hint="restart the daemon, so that it is of the same version as this command",
         code="api-wrong",
     )
 

@@ -40,7 +40,9 @@ def run(catalogue: Catalogue | None, identity: str, live: Status) -> RunDetails:
             return RunDetails(waits.run, waits.vm, waits.job, RunState.QUEUED, waits.started, waiting=waits)
     entry = catalogue.entry(identity) if catalogue is not None else None
     if entry is None:
-        raise UnknownName("run", identity, (), place="the history")
+        raise UnknownName(
+            "run", identity, place="the history", hint="`vmfleece run list` tells the runs that there are"
+        )
     return RunDetails(entry.run, entry.vm, entry.job, _state(entry), entry.started, result=_result(entry.result))
 
 

@@ -139,7 +139,8 @@ async def _started(
         )
     except OSError as error:  # no such interpreter, say
         raise HookError(
-            f"the hook {path} cannot be started: {error.strerror}", hint="is its first line, #!, right?"
+            f"the hook {path} cannot be started: {error.strerror}",
+            hint="see that its first line, #!, names a program that is there",
         ) from error
 
 
@@ -172,5 +173,5 @@ def _end_group(process: asyncio.subprocess.Process) -> None:
 def _failed(hook: Hook, arguments: tuple[str, ...], what: str) -> HookError:
     return HookError(
         f"the hook {hook.path} {what} when it was called as {' '.join(arguments)}",
-        hint="what it printed is in the log (hook.said)",
+        hint="see in the log what it printed (hook.said)",
     )

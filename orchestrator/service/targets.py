@@ -29,7 +29,7 @@ async def count(settings: TargetSettings, target: Target) -> int:
     if settings.driver is TargetDriver.IMAGES and not await asyncio.to_thread(Path(settings.place).is_dir):
         raise TargetError(
             f"there is no folder {settings.place}",
-            hint="the first backup makes it; or should something be mounted there?",
+            hint="mount what should be there; if nothing should, the first backup makes it",
             code="no-folder",
         )
     return len(await target.snapshots())

@@ -66,7 +66,7 @@ class Database:
                 damaged = getattr(error, "sqlite_errorcode", 0) & 0xFF in DAMAGED
                 raise (StateDamaged if damaged else StateError)(
                     f"cannot use {self._path}: {error}",
-                    hint=f"is its file system full? A damaged file can be moved away: {self._lost}",
+                    hint=f"see whether its file system is full; a damaged file can be moved away: {self._lost}",
                     code="state-unusable",
                 ) from error
             finally:

@@ -37,7 +37,7 @@ def owned(state_dir: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise StateError(
                 f"another vmfleece{_holder(descriptor)} is using state_dir {state_dir}",
-                hint="wait until it has ended; while the daemon runs, its jobs make the backups",
+                hint="wait until it has ended; a daemon does what commands ask if both have the same run_dir",
             ) from error
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, _ourselves(), 0)

@@ -143,5 +143,5 @@ class DirectoryStorage(Storage):
                 f"storage {self.name}: cannot {act}: {self.path}: {error.strerror}",
                 hint="its file system is full: free some space there"
                 if full
-                else "the path must be a folder on a local file system that vmfleece may write to",
+                else "make the path a folder on a local file system that vmfleece may write to",
             ) from error

@@ -199,7 +199,7 @@ def test_a_folder_of_images(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_target_that_is_not_configured(run: Run) -> None:
-    assert "there are: main, files" in run("target", "show", "mian", code=2).stderr
+    assert "name one of: main, files" in run("target", "show", "mian", code=2).stderr
 
 
 def test_all_targets_are_listed_with_what_is_wrong(run: Run, restic: Restic, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from orchestrator import causes
 from orchestrator.causes import CODES, FIRST_PAUSES, Cause
-from orchestrator.errors import VmfleeceError
+from orchestrator.cli import render
+from orchestrator.errors import ConfigError, VmfleeceError
 from orchestrator.model import ErrorReport
 from orchestrator.run import retry
 from orchestrator.target.restic.errors import RepositoryLocked, WrongPassword
@@ -19,6 +20,7 @@ from orchestrator.units import format_duration
 ROOT = Path(__file__).parents[2]
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 NO_CAUSE = "\N{EN DASH}"
+LINK = re.compile(r"\[([^]]*)\]\([^)]*\)")
 CODE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
@@ -85,22 +87,48 @@ def test_every_code_is_in_the_table_and_every_code_of_the_table_exists() -> None
 
 
 def test_a_code_is_entered_once() -> None:
-    assert sum(map(len, causes._CODES.values())) == len(CODES)
-    assert set(causes._CODES) == set(Cause)
+    entered = [codes.split() for rows in causes._TABLE.values() for codes, _, _ in rows]
+    assert sum(map(len, entered)) == len(CODES)
+    assert set(causes._TABLE) == set(Cause)
     assert all(CODE.fullmatch(code) for code in CODES)
 
 
-def test_every_code_is_explained_with_its_cause_and_a_remedy() -> None:
-    documented: dict[str, str] = {}
-    for codes, cause, happened, remedy in rows("### Error codes"):
-        assert happened
-        assert remedy
+def test_every_code_is_documented_as_the_table_explains_it() -> None:
+    documented: dict[str, tuple[str, str, str]] = {}
+    for codes, cause, why, remedy in rows("### Error codes"):
         for code in re.findall(r"`([^`]+)`", codes):
             assert code not in documented, f"{code} is explained twice"
-            documented[code] = cause
+            documented[code] = (cause, why, LINK.sub(r"\1", remedy))
     assert documented == {
-        code: NO_CAUSE if cause is Cause.OTHER else f"`{cause}`" for code, cause in CODES.items()
+        code: (NO_CAUSE if one.cause is Cause.OTHER else f"`{one.cause}`", one.why, one.remedy)
+        for code, one in CODES.items()
     }
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("hint", ["", "do something\nabout it"])
+def test_an_error_is_three_lines_of_which_none_is_empty_or_repeats_another(code: str, hint: str) -> None:
+    error = VmfleeceError("something\nhappened", hint=hint, code=code)
+    lines = render.error_lines(error)
+    assert lines == render.error_lines(ErrorReport.of(error))
+    texts = [line.partition(": ")[2].strip() for line in lines]
+    assert lines == [f"vmfleece: {texts[0]}", f"  why: {texts[1]}", f"  do:  {texts[2]}"]
+    assert texts[0] == "something; happened"
+    assert texts[2] == ("do something; about it" if hint else CODES[code].remedy)
+    assert len(set(texts)) == 3
+    assert all(texts)
+    assert not any("\n" in text for text in texts)
+
+
+def test_of_a_wrong_configuration_each_problem_is_a_reason() -> None:
+    error = ConfigError("2 problems in a.toml", problems=("a.toml:1: one", "a.toml:2: two"))
+    assert render.error_lines(error) == [
+        "vmfleece: 2 problems in a.toml",
+        "  why: a.toml:1: one",
+        "       a.toml:2: two",
+        f"  do:  {CODES['config'].remedy}",
+    ]
+    assert render.error_lines(error, about="web01")[0] == "vmfleece: web01: 2 problems in a.toml"
 
 
 def test_every_cause_is_explained_with_when_it_is_tried_again() -> None:
@@ -119,8 +147,8 @@ def again(cause: Cause) -> str:
 @pytest.mark.parametrize("code", CODES)
 def test_an_error_and_its_report_tell_the_cause_of_their_code(code: str) -> None:
     error, report = VmfleeceError("what", code=code), ErrorReport(code, "what")
-    assert error.cause is report.cause is CODES[code]
-    assert error.retryable is CODES[code].may_pass
+    assert error.cause is report.cause is CODES[code].cause
+    assert error.retryable is CODES[code].cause.may_pass
 
 
 def test_the_causes_of_what_waiting_cannot_help() -> None:

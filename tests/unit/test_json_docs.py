@@ -27,6 +27,7 @@ CLASSES = (
     documents.Features,
     documents.JobSummary,
     documents.TargetSummary,
+    documents.PrunedSnapshot,
     documents.RepairSummary,
     status.Status,
     status.StorageStatus,

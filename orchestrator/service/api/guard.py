@@ -65,7 +65,7 @@ def check_peer(peer: Peer, *, group: int) -> None:
     if peer.user not in (0, os.geteuid()) and group not in peer.groups:
         raise Forbidden(
             f"{peer} may not use the control socket",
-            hint="root, the user that vmfleece runs as, and members of the socket's group may",
+            hint="ask as root, as the user that vmfleece runs as, or as a member of the socket's group",
         )
 
 
@@ -94,7 +94,7 @@ def check_origin(origin: str | None, host: str) -> None:
     if origin is not None and origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):
         raise Forbidden(
             f"a page of {origin!r} asks, which is not this service",
-            hint="other pages may not use it",
+            hint="nothing: pages of others may not use it",
             code="origin-foreign",
         )
 
@@ -111,7 +111,7 @@ def check_token(authorization: str | None, token: str | None) -> None:
     if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
         raise Forbidden(
             "what changes something needs the token",
-            hint="Authorization: Bearer TOKEN, with what is in daemon.token_file",
+            hint="send Authorization: Bearer TOKEN, with what is in daemon.token_file",
             code="unauthorized",
             status=401,
         )

@@ -178,7 +178,7 @@ def _bound(address: Address) -> socket.socket:
         listener.close()
         raise StateError(
             f"cannot listen on {address}: {error.strerror}",
-            hint="is somebody else listening there? Set daemon.listen to another address",
+            hint="set daemon.listen to another address, or end who listens there",
             code="listen-unusable",
         ) from error
     return listener
@@ -367,5 +367,5 @@ def _senseless(error: ValidationError) -> ConfigError:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     place = ".".join(map(str, first["loc"]))
     return ConfigError(
-        f"{place}: {first['msg']}" if place else str(first["msg"]), hint=f"what is allowed: GET {OPENAPI}"
+        f"{place}: {first['msg']}" if place else str(first["msg"]), hint=f"GET {OPENAPI} says what is allowed"
     )

@@ -23,7 +23,7 @@ def explained(target: str, path: Path) -> Iterator[None]:
             f"target {target}: {error.strerror}: {error.filename or path}",
             hint="free some space or prune old snapshots"
             if full
-            else "the path must be a folder that vmfleece may write to",
+            else "make the path a folder that vmfleece may write to",
             code="target-full" if full else "target-unwritable",
         ) from error
 

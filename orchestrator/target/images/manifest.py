@@ -64,7 +64,7 @@ def read(path: Path, *, target: str) -> Snapshot:
         if document["snapshot"] != place:  # its id is where it is extracted from, and what is removed
             raise TargetError(
                 f"{path} is of snapshot {document['snapshot']}, not {place}",
-                hint="was its folder renamed or copied? Move it back",
+                hint="move its folder back: it was renamed or copied",
                 code="manifest-misplaced",
             )
         return Snapshot(
@@ -84,7 +84,7 @@ def read(path: Path, *, target: str) -> Snapshot:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TargetError(
             f"cannot read {path}: {type(error).__name__}: {error}",
-            hint="the folder's qcow2 files can still be read with qemu-img",
+            hint="restore another snapshot; this one's qcow2 files can still be read with qemu-img",
             code="manifest-unreadable",
         ) from error
 

@@ -204,7 +204,8 @@ class Mover:
         self._dead = TargetError(
             f"the process that writes to the repository ended too early (exit code {code}){silent}"
             + (f": {said.splitlines()[-1]}" if said else ""),
-            hint="was it killed, for want of memory say? Nothing of the run is listed; try again",
+            hint="see in the host's log whether it was killed, for want of memory say; back up again:"
+            " nothing of the run is listed",
             code="mover-died",
         )
         self._note_loss(self._dead)

@@ -207,6 +207,6 @@ def _explained(disk: str, error: Exception) -> TargetError:
         return error
     return TargetError(
         f"disk {disk}: its content did not arrive whole: {error}",
-        hint="QEMU ended the connection, or its job did; try again",
+        hint="back up again: QEMU ended the connection, or its job did",
         code="target-write-failed",
     )

@@ -90,7 +90,8 @@ def read_config(backend: Backend) -> bytes:
         return backend.read(CONFIG)
     except FileMissing:
         raise NoRepository(
-            f"there is no repository at {backend.place}", hint="make it, or check that it is mounted"
+            f"there is no repository at {backend.place}",
+            hint="check that it is mounted; `vmfleece target init` makes one",
         ) from None
 
 
@@ -123,7 +124,7 @@ def remove_password(backend: Backend, opened: Opened, key_file: bytes) -> None:
     if key_file == opened.key_file:
         raise TargetError(
             "the key that the repository is open with cannot be removed",
-            hint="open it with another password",
+            hint="use another password first (password_file of the target)",
             code="key-in-use",
         )
     if not any(listed.file.identity != key_file for listed in backend.list(Kind.KEYS)):

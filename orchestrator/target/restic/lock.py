@@ -59,7 +59,7 @@ class Lock:
         if self._reason:
             raise LockLost(
                 f"our lock of the repository at {self._backend.place} is lost: {self._reason}",
-                hint="what was written stays unlisted; `restic prune` removes it",
+                hint="back up again; what was written is used then, or freed by `vmfleece target reclaim`",
             )
 
     async def lost(self) -> NoReturn:
@@ -136,7 +136,9 @@ class Lock:
                 gone = lock_file.stale(other, now=datetime.now(UTC), hostname=this_host(), alive=alive)
                 raise RepositoryLocked(
                     f"the repository at {self._backend.place} is locked: {other.described()}",
-                    hint="it seems to be gone: `restic unlock`" if gone else "it is tried again later",
+                    hint="take its lock away, since it seems to be gone: `restic unlock`"
+                    if gone
+                    else "wait until it has ended",
                 )
 
 

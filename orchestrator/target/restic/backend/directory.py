@@ -136,7 +136,7 @@ class DirectoryBackend(Backend):
                 raise Unreachable(message, hint="check the disk or the mount that it is on") from error
             if error.errno in _FULL:
                 raise BackendError(message, hint="free some space or prune", code="target-full") from error
-            raise BackendError(message, hint="vmfleece must be allowed to write there") from error
+            raise BackendError(message, hint="let vmfleece write there") from error
 
 
 def _write(path: Path, content: Content) -> None:
