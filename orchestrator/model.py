@@ -147,6 +147,17 @@ class ErrorReport:
 
 
 @dataclass(frozen=True, slots=True)
+class MergeProgress:
+    """How far it is that a snapshot is made to stand alone: of so many bytes, which are written and read back."""
+
+    vm: str
+    target: str
+    snapshot: str
+    done_bytes: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class DiskResult:
     """One disk of a finished run. `storage` None: it was backed up without fleecing.
 

@@ -11,10 +11,10 @@ from orchestrator import aio
 from orchestrator.cli import render
 from orchestrator.cli.progress import Display, result_lines
 from orchestrator.config import Config
-from orchestrator.errors import EXIT_FAILED, EXIT_OK, EXIT_SOME_FAILED, ConfigError, StateError
+from orchestrator.errors import EXIT_FAILED, EXIT_OK, EXIT_SOME_FAILED, ConfigError
 from orchestrator.model import Consistency, Progress, RunResult
 from orchestrator.service import client, desk, engine, following, orders
-from orchestrator.service.documents import Request
+from orchestrator.service.documents import Jobs, Request
 from orchestrator.service.orders import BackupOrder
 
 OnProgress = Callable[[Progress], None]
@@ -60,8 +60,8 @@ async def run_job(config: Config, arguments: argparse.Namespace) -> int:
 
 
 async def list_jobs(config: Config, arguments: argparse.Namespace) -> int:
-    """The configured jobs and when each is due next."""
-    found = desk.jobs(config)
+    """The jobs that are in force and when each is due next; without a daemon, those that are configured."""
+    found = await client.ask(config.daemon.run_dir, "/jobs", Jobs) or desk.jobs(config)
     if arguments.json:
         render.print_document(found)
         return EXIT_OK
@@ -85,10 +85,7 @@ async def _by_the_daemon(config: Config, arguments: argparse.Namespace, route: s
         return EXIT_OK
 
     async def run_all(on_progress: OnProgress) -> Sequence[RunResult]:
-        request = await following.carried_out(run_dir, route, body, on_progress)
-        if request.error is not None:
-            hint = request.error.hint or "somebody else has cancelled it, or the daemon was told to stop"
-            raise StateError(request.error.message, hint=hint, code=request.error.code)
+        request = await following.carried_out(run_dir, route, body, following.telling(on_progress=on_progress))
         return request.results
 
     return await _report(run_all, as_json=arguments.json)
@@ -99,7 +96,7 @@ def _must_follow(arguments: argparse.Namespace) -> None:
     if arguments.detach:
         raise ConfigError(
             "--detach needs the daemon, and it does not run",
-            hint="the backup would end with this command: start the daemon, or leave it out",
+            hint="start the daemon, or leave --detach out: the backup then ends with this command",
         )
 
 

@@ -5,18 +5,20 @@ Merging comes first: what goes is decided anew from what the target then lists, 
 Whatever stops it, every snapshot is there whole or not listed, and the next time goes on where it ended.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import tzinfo
 
 import structlog
 
 from orchestrator.errors import TargetError
-from orchestrator.model import ErrorReport, Keep
+from orchestrator.model import ErrorReport, Keep, MergeProgress
 from orchestrator.run.retention import Merge, Point, decide_all, merges, standing_alone
-from orchestrator.target.base import Snapshot, Target
+from orchestrator.target.base import OnBytes, Snapshot, Target
 
 log = structlog.get_logger(__name__)
+
+OnMerge = Callable[[MergeProgress], None]
 
 REFUSALS = ("needed", "protected")
 """Codes that are no failure, but a reason to keep the snapshot."""
@@ -60,11 +62,13 @@ async def prune(
     zone: tzinfo | None = None,
     merge: bool = False,
     dry_run: bool = False,
+    on_merge: OnMerge = lambda _progress: None,
 ) -> PruneResult:
     """Remove what none of `keeps` keeps; without any, everything stays. `zone` None: the host's.
 
     `merge`: first have the first kept snapshot of a chain stand alone where older ones may go then. What cannot be
-    merged or removed is an error in the result, and does not save the others. Cancellation finishes the removal
+    merged or removed is an error in the result, and does not save the others. `on_merge` is told how far merges
+    are. Cancellation finishes the removal
     that is under way, undoes a merge or finishes it, and leaves the rest.
     """
     listed = await target.snapshots(vm)
@@ -72,7 +76,7 @@ async def prune(
     planned = merges([_point(snapshot) for snapshot in listed], keeps, zone) if merge else ()
     failed: dict[str, TargetError] = {}
     if planned and not dry_run:
-        failed = await _merge_all(target, {one.id: one for one in listed}, planned)
+        failed = await _merge_all(target, {one.id: one for one in listed}, planned, on_merge)
         listed = await target.snapshots(vm)
     done = [one for one in planned if one.into not in failed]
     points = standing_alone((_point(snapshot) for snapshot in listed), (one.into for one in done))
@@ -99,14 +103,15 @@ async def prune(
 
 
 async def _merge_all(
-    target: Target, listed: dict[str, Snapshot], planned: Iterable[Merge]
+    target: Target, listed: dict[str, Snapshot], planned: Iterable[Merge], on_merge: OnMerge
 ) -> dict[str, TargetError]:
     """Merge them, and return why some were not."""
     failed: dict[str, TargetError] = {}
     for one in planned:
         snapshot = listed[one.into]
+        log.info("merge.started", vm=snapshot.vm, target=target.name, snapshot=snapshot.id, older=list(one.older))
         try:
-            await target.merge(snapshot)
+            await target.merge(snapshot, _telling(snapshot, on_merge))
         except TargetError as error:
             failed[one.into] = error
             if error.code not in REFUSALS:
@@ -121,6 +126,13 @@ async def _merge_all(
         else:
             log.info("snapshot.merged", vm=snapshot.vm, target=target.name, snapshot=snapshot.id)
     return failed
+
+
+def _telling(snapshot: Snapshot, on_merge: OnMerge) -> OnBytes:
+    def told(done_bytes: int, size_bytes: int) -> None:
+        on_merge(MergeProgress(snapshot.vm, snapshot.target, snapshot.id, done_bytes, size_bytes))
+
+    return told
 
 
 def _say(result: dict[str, Pruned], merge: Merge, stored: Mapping[str, int], *, dry_run: bool) -> None:

@@ -1,23 +1,26 @@
 """What the API is answered: the engine's side of its contract, `api.base`."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from orchestrator import schedule
 from orchestrator.config import Config
 from orchestrator.errors import RefusedError, StateError
-from orchestrator.model import ErrorReport, Progress, RunResult
+from orchestrator.model import ErrorReport, Progress
 from orchestrator.run.backup import Means, new_run_id
+from orchestrator.run.prune import Pruned, PruneResult
 from orchestrator.service import history, orders, protection, targets, vms
 from orchestrator.service.api.base import Answers, CleanupOrder, RunsQuery, Service, SnapshotsQuery
 from orchestrator.service.documents import (
     Cleanup,
+    Fate,
     History,
     Jobs,
     JobSummary,
     Protection,
+    PrunedSnapshot,
     RepairSummary,
     Request,
     RunDetails,
@@ -28,8 +31,9 @@ from orchestrator.service.documents import (
     Vms,
 )
 from orchestrator.service.guests import Repaired
-from orchestrator.service.orders import BackupOrder
+from orchestrator.service.orders import BackupOrder, PruneOrder
 from orchestrator.service.reconciler import Reconciler
+from orchestrator.service.requests import Done
 from orchestrator.service.status import Status
 from orchestrator.state.catalogue import Catalogue
 
@@ -101,7 +105,7 @@ class Desk(Answers):
         wanted = orders.resolve(order, setup.config)
         runs = {vm: new_run_id() for vm in wanted.vms}
 
-        async def work(on_progress: Callable[[Progress], None]) -> list[RunResult]:
+        async def work(on_progress: Callable[[Progress], None]) -> Done:
             async with asyncio.TaskGroup() as group:
                 backups = [
                     group.create_task(
@@ -111,7 +115,7 @@ class Desk(Answers):
                     )
                     for vm in wanted.vms
                 ]
-            return [backup.result() for backup in backups]
+            return Done(tuple(backup.result() for backup in backups))
 
         return self._engine.requests.begin(work, vms=wanted.vms, runs=runs.values())
 
@@ -125,10 +129,21 @@ class Desk(Answers):
                 code="job-under-way",
             )
 
-        async def work(on_progress: Callable[[Progress], None]) -> list[RunResult]:
-            return await self._engine.run_job(name, on_progress=on_progress)
+        async def work(on_progress: Callable[[Progress], None]) -> Done:
+            return Done(tuple(await self._engine.run_job(name, on_progress=on_progress)))
 
         return self._engine.requests.begin(work, vms=self._config.job[name].vms, job=name)
+
+    def prune(self, order: PruneOrder) -> Request:
+        self._may_start()
+        setup = self._engine.in_force.now
+        pairs = orders.prunable(order, setup.config)
+
+        async def work(_on_progress: Callable[[Progress], None]) -> Done:
+            results = await self._engine.prune_now(pairs, setup, merge=order.merge, dry_run=order.dry_run)
+            return Done(pruned=pruned(results, dry_run=order.dry_run))
+
+        return self._engine.requests.begin(work, vms=dict.fromkeys(vm for _, vm in pairs))
 
     def request(self, request: str) -> Request:
         return self._engine.requests.shown(request)
@@ -149,7 +164,7 @@ class Desk(Answers):
         if self.service is Service.COMMAND:
             raise StateError(
                 "a vmfleece command is at work, which does only what it was called for",
-                hint="wait until it has ended",
+                hint="ask again when it has ended",
             )
 
 
@@ -162,6 +177,35 @@ def jobs(config: Config) -> Jobs:
         next_due = due.isoformat() if due else None
         found.append(JobSummary(job.name, job.schedule, next_due, job.options.target, job.vms))
     return Jobs(tuple(found))
+
+
+def pruned(results: Iterable[PruneResult], *, dry_run: bool) -> tuple[PrunedSnapshot, ...]:
+    """What retention did, or in a dry run would do, snapshot by snapshot."""
+    return tuple(
+        PrunedSnapshot(
+            snapshot=one.snapshot.id,
+            vm=one.snapshot.vm,
+            target=one.snapshot.target,
+            keep=one.keep,
+            fate=_fate(one),
+            reasons=one.reasons,
+            removed=one.removed and not dry_run,
+            merged=one.merged and not dry_run,
+            stored_bytes=one.snapshot.stored_bytes,
+            grown_bytes=one.grown_bytes,
+            error=one.error,
+        )
+        for result in results
+        for one in result.snapshots
+    )
+
+
+def _fate(one: Pruned) -> Fate:
+    if one.error is not None:
+        return Fate.FAILED
+    if one.merged:
+        return Fate.MERGE
+    return Fate.KEEP if one.keep else Fate.REMOVE
 
 
 def protected(config: Config, catalogue: Catalogue, live: Status) -> Protection:

@@ -295,6 +295,32 @@ class RunOfVm:
     run: str
 
 
+class Fate(StrEnum):
+    """What becomes of a snapshot: it stays, stays and is made to stand alone, is removed, or that failed."""
+
+    KEEP = "keep"
+    MERGE = "merge"
+    REMOVE = "remove"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedSnapshot:
+    """What retention did with a snapshot, and why. In a dry run `fate` says what it would do."""
+
+    snapshot: str
+    vm: str
+    target: str
+    keep: bool
+    fate: Fate
+    reasons: tuple[str, ...]
+    removed: bool
+    merged: bool
+    stored_bytes: int
+    grown_bytes: int
+    error: ErrorReport | None
+
+
 class RequestState(StrEnum):
     """Whether what was asked for is done; `ended`: whatever came of it, `cancelled`: because somebody said so."""
 
@@ -305,10 +331,10 @@ class RequestState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Runs that were asked for over the API.
+    """Runs, or retention, that were asked for over the API.
 
-    `runs` are those begun so far, tries included; `results` come with the end, one a VM; `error` says why there
-    are none.
+    `runs` are those begun so far, tries included; `results` come with the end, one a VM, and so does `pruned`, one
+    a snapshot; `error` says why there are none.
     """
 
     request: str
@@ -318,6 +344,7 @@ class Request:
     started: str
     runs: tuple[RunOfVm, ...] = ()
     results: tuple[RunResult, ...] = ()
+    pruned: tuple[PrunedSnapshot, ...] = ()
     error: ErrorReport | None = None
 
 

@@ -29,7 +29,7 @@ from orchestrator.qemu import qmp
 from orchestrator.qemu.monitor import Connect, Monitor
 from orchestrator.run.backup import Means, back_up, new_run_id
 from orchestrator.run.outcome import Facts, log_result, never_began
-from orchestrator.run.prune import prune
+from orchestrator.run.prune import PruneResult, prune
 from orchestrator.run.survey import Storages
 from orchestrator.service import overview, samples
 from orchestrator.service.api import server
@@ -472,7 +472,7 @@ class Engine:
             error = ErrorReport(
                 "vmfleece-gone",
                 "vmfleece ended while this run was under way: it was killed, or the host lost its power",
-                "what it left in the VM is taken out, not gone on with; a job tries again when the daemon starts",
+                "nothing: what it left in the VM is taken out, and a job tries again when the daemon starts",
             )
             result = Facts().result(begun.vm, begun.run, started=begun.started, duration_seconds=0.0, error=error)
             target = self.config.job[begun.job].options.target if begun.job in self.config.job else None
@@ -508,9 +508,35 @@ class Engine:
             try:
                 with self.using(setup):
                     async with self._vm_lock(vm):
-                        await prune(setup.targets[target], vm, keeps, merge=merge)
+                        await prune(setup.targets[target], vm, keeps, merge=merge, on_merge=self.feed.merging)
             except VmfleeceError as error:
                 log.warning("prune.failed", vm=vm, target=target, error=str(error))
+
+    async def prune_now(
+        self, pairs: Sequence[tuple[str, str]], setup: Setup, *, merge: bool, dry_run: bool
+    ) -> list[PruneResult]:
+        """Remove what retention does not keep of VMs on targets, or only say what that is. Raises TargetError.
+
+        A VM that is being backed up comes to its turn after the others, and when that is over.
+        """
+        results = []
+        with self.using(setup):
+            for target, vm in sorted(pairs, key=lambda pair: self._vm_lock(pair[1]).locked()):
+                lock = contextlib.nullcontext() if dry_run else self._vm_lock(vm)
+                if not dry_run and self._vm_lock(vm).locked():
+                    log.info("prune.waiting", vm=vm, target=target)
+                async with lock:
+                    results.append(
+                        await prune(
+                            setup.targets[target],
+                            vm,
+                            setup.config.keeps(target, vm),
+                            merge=merge,
+                            dry_run=dry_run,
+                            on_merge=self.feed.merging,
+                        )
+                    )
+        return results
 
     async def _guests_first(self) -> None:
         """Continue and thaw what dead runs left paused or frozen, at once and until it is known to be done."""

@@ -22,18 +22,19 @@ from typing import Any
 import structlog
 
 from orchestrator import log
-from orchestrator.model import Progress
+from orchestrator.model import MergeProgress, Progress
 
 RING = 1000
 BACKLOG = 1000
 """Events that a follower may be behind."""
 PROGRESS_SECONDS = 0.5
 """How often a run's progress is told, unless it enters another phase."""
-OF_RUNS = {"run", "job", "request"}
+OF_RUNS = {"run", "job", "request", "snapshot"}
 """Events with one of these keys are told."""
 LOST = "events.lost"
 """Told first if something happened, after the event that is named, that is not kept any more."""
 PROGRESS = "run.progress"
+MERGING = "merge.progress"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +133,16 @@ class Feed:
         if state == last_state and now - last < PROGRESS_SECONDS:
             return
         self._last_progress[progress.run] = (state, now)
+        self._tell_unkept(PROGRESS, asdict(progress))
+
+    def merging(self, progress: MergeProgress) -> None:
+        """Tell how far a merge is; whoever merges tells it now and then only."""
+        self._tell_unkept(MERGING, asdict(progress))
+
+    def _tell_unkept(self, event: str, keys: Mapping[str, Any]) -> None:
         bound = structlog.contextvars.get_contextvars()
         stamp = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-        self._tell(None, {"event": PROGRESS, **bound, **asdict(progress), "timestamp": stamp})
+        self._tell(None, {"event": event, **bound, **keys, "timestamp": stamp})
 
     def forget(self, run: str) -> None:
         """The run is over."""

@@ -5,7 +5,8 @@ has the daemon end what it has begun, and waits until that has put everything ba
 """
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,35 +15,36 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from orchestrator import aio
 from orchestrator.errors import StateError, VmfleeceError
-from orchestrator.model import Progress
+from orchestrator.model import MergeProgress, Progress
 from orchestrator.service import client
 from orchestrator.service.documents import Request, RequestState
-from orchestrator.service.feed import PROGRESS
+from orchestrator.service.feed import MERGING, PROGRESS
 
 POLL_SECONDS = 0.5
 GONE_SECONDS = 10.0
 """How long a daemon may not answer before it is given up: it may be overloaded, never for that long."""
 
-OnProgress = Callable[[Progress], None]
+OnEvent = Callable[[Mapping[str, Any]], None]
 
 _PROGRESS = TypeAdapter(Progress)
+_MERGING = TypeAdapter(MergeProgress)
 
 
-async def carried_out(run_dir: Path, route: str, body: BaseModel | None, on_progress: OnProgress) -> Request:
-    """Have it done, and wait for the end. Raises what `client.ask` raises, and StateError if the daemon ends.
+async def carried_out(run_dir: Path, route: str, body: BaseModel | None, on_event: OnEvent) -> Request:
+    """Have it done, and wait for the end; `on_event` is told what happens meanwhile, as far as it is of this.
 
-    Cancellation ends it first.
+    Raises what `client.ask` raises, and StateError if it came to nothing, or the daemon ends. Cancellation ends
+    it first.
     """
     async with client.following(run_dir) as events:
         begun = await aio.acquire(begin(run_dir, route, body), partial(_ended, run_dir))
         try:
             async for event in events:
                 if event.get("request") == begun.request:
-                    if event["event"] == PROGRESS:
-                        _tell(event, on_progress)
+                    on_event(event)
                     if event["event"] == "request.finished":
                         break
-            return await _over(run_dir, begun)
+            return _done(await _over(run_dir, begun))
         except asyncio.CancelledError:
             await aio.finish(_ended(run_dir, begun))
             raise
@@ -86,16 +88,33 @@ async def _ended(run_dir: Path, begun: Request) -> None:
         return
 
 
-def _tell(event: dict[str, Any], on_progress: OnProgress) -> None:
-    try:
-        on_progress(_PROGRESS.validate_python(event))
-    except ValidationError:
-        return  # of another version: what counts is the end
+def _done(request: Request) -> Request:
+    if request.error is not None:
+        hint = request.error.hint or "somebody else has cancelled it, or the daemon was told to stop"
+        raise StateError(request.error.message, hint=hint, code=request.error.code)
+    return request
+
+
+def telling(
+    *,
+    on_progress: Callable[[Progress], None] = lambda _progress: None,
+    on_merge: Callable[[MergeProgress], None] = lambda _progress: None,
+) -> OnEvent:
+    """What takes events, and tells of them how far runs and merges are."""
+
+    def take(event: Mapping[str, Any]) -> None:
+        with contextlib.suppress(ValidationError):  # of another version: what counts is the end
+            if event["event"] == PROGRESS:
+                on_progress(_PROGRESS.validate_python(event))
+            if event["event"] == MERGING:
+                on_merge(_MERGING.validate_python(event))
+
+    return take
 
 
 def _gone() -> StateError:
     return StateError(
         "the daemon has ended before this was over",
-        hint="what was under way is put right when it starts again: `vmfleece run list`",
+        hint="start it again, which puts right what was under way; then `vmfleece run list`",
         code="daemon-gone",
     )

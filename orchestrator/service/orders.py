@@ -35,6 +35,18 @@ class BackupOrder(BaseModel):
     full: bool = Field(False, description="Copy everything, whatever is there already.")
 
 
+class PruneOrder(BaseModel):
+    """What is no longer kept is to be removed now: of all VMs of jobs that say what is kept, or of fewer."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    target: str | None = Field(None, description="Only on one target.")
+    vm: str | None = Field(None, description="Only of one VM.")
+    job: str | None = Field(None, description="Only of one job's VMs.")
+    merge: bool = Field(False, description="Have old ends of chains merged, so that they may go, too.")
+    dry_run: bool = Field(False, description="Only say what would be removed, and why the rest stays.")
+
+
 @dataclass(frozen=True, slots=True)
 class Backups:
     """What an order comes to."""
@@ -62,6 +74,35 @@ def resolve(order: BackupOrder, config: Config) -> Backups:
             full=order.full,
         ),
     )
+
+
+def prunable(order: PruneOrder, config: Config) -> list[tuple[str, str]]:
+    """The targets and VMs that it is about, each pair once. Raises ConfigError if there are none."""
+    for what, name, names in (
+        ("target", order.target, config.target),
+        ("VM", order.vm, config.vm),
+        ("job", order.job, config.job),
+    ):
+        if name is not None:
+            _known(what, name, names, config)
+    found = {
+        (job.options.target, vm): None
+        for job in config.job.values()
+        for vm in job.vms
+        if job.keep is not None
+        and order.job in (None, job.name)
+        and order.target in (None, job.options.target)
+        and order.vm in (None, vm)
+    }
+    if not found:
+        narrowed = any((order.target, order.vm, order.job))
+        raise ConfigError(
+            f"no job in {config.path} has prune_backups"
+            + (" and backs that up" if narrowed else "")
+            + ": everything is kept",
+            hint='to change that, give a job prune_backups = "keep-last=3,keep-daily=13"',
+        )
+    return list(found)
 
 
 def job_named(config: Config, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Runs that were asked for over the API: begun at once, ended with the service, remembered for a while."""
+"""What was asked for over the API: begun at once, ended with the service, remembered for a while."""
 
 import asyncio
 import secrets
@@ -11,15 +11,26 @@ import structlog
 from orchestrator.errors import StateError, UnknownName, VmfleeceError
 from orchestrator.model import ErrorReport, Progress, RunResult
 from orchestrator.run.outcome import CANCELLED
-from orchestrator.service.documents import Request, RequestState, RunOfVm
+from orchestrator.service.documents import PrunedSnapshot, Request, RequestState, RunOfVm
 
 log = structlog.get_logger(__name__)
 
 REMEMBERED = 200
 """Requests that are over, at most."""
+REMEMBERED_PRUNED = 5
+"""Of those, with what became of thousands of snapshots."""
 
-Work = Callable[[Callable[[Progress], None]], Awaitable[list[RunResult]]]
-"""Does what was asked for, and tells how far it is."""
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a request came to."""
+
+    results: tuple[RunResult, ...] = ()
+    pruned: tuple[PrunedSnapshot, ...] = ()
+
+
+Work = Callable[[Callable[[Progress], None]], Awaitable[Done]]
+"""Does what was asked for, and tells how far its runs are."""
 
 
 @dataclass(slots=True, eq=False)
@@ -32,7 +43,7 @@ class _Asked:
     runs: dict[str, str]
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     state: RequestState = RequestState.UNDER_WAY
-    results: tuple[RunResult, ...] = ()
+    done: Done = Done()
     error: ErrorReport | None = None
     task: asyncio.Task[None] | None = None
     cancelled: bool = False
@@ -45,7 +56,8 @@ class _Asked:
             state=self.state,
             started=self.started.isoformat(),
             runs=tuple(RunOfVm(vm, run) for run, vm in self.runs.items()),
-            results=self.results,
+            results=self.done.results,
+            pruned=self.done.pruned,
             error=self.error,
         )
 
@@ -105,12 +117,18 @@ class Requests:
 
     def _asked(self, request: str) -> _Asked:
         if request not in self._known:
-            raise UnknownName("request", request, (), place="this vmfleece")
+            raise UnknownName(
+                "request",
+                request,
+                place="this vmfleece",
+                hint="requests are remembered until the daemon ends, runs for ever: `vmfleece run list`",
+            )
         return self._known[request]
 
     def _forget_old(self) -> None:
         over = [name for name, asked in self._known.items() if asked.state is not RequestState.UNDER_WAY]
-        for name in over[: max(0, len(over) - REMEMBERED + 1)]:
+        long_ones = [name for name in over if self._known[name].done.pruned]
+        for name in {*over[: max(0, len(over) - REMEMBERED + 1)], *long_ones[:-REMEMBERED_PRUNED]}:
             del self._known[name]
 
     async def _carry_out(self, asked: _Asked, work: Work) -> None:
@@ -121,7 +139,7 @@ class Requests:
             log.info("request.started", job=asked.job, vms=list(asked.vms))
             asked_to_end = False
             try:
-                asked.results = tuple(await work(progressed))
+                asked.done = await work(progressed)
             except asyncio.CancelledError:
                 asked.error = ErrorReport(CANCELLED, "the request was cancelled")
                 asked_to_end = asked.cancelled

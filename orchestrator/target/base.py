@@ -20,7 +20,7 @@ begun is finished first.
 
 import abc
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -37,9 +37,15 @@ _DISK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _TIME = re.compile(
     r"\d{4}-?\d\d-?\d\d(?:[T ](\d\d(?::?\d\d){0,2}(?:\.\d+)?)(?:Z|[+-]\d\d(?::?\d\d)?)?)?", re.ASCII
 )
+OnBytes = Callable[[int, int], None]
+"""Told how much is done, and of how much, in bytes."""
 _RESTIC_ID = re.compile(r"[0-9a-f]{8,64}", re.ASCII)
 _PRECISIONS = {0: timedelta(days=1), 2: timedelta(hours=1), 4: timedelta(minutes=1)}
 """What a time leaves open, by how many digits of the clock it gives."""
+
+
+def untold(_done_bytes: int, _size_bytes: int) -> None:
+    """Nobody wants to know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,9 @@ class Snapshot:
             if disk.disk == name:
                 return disk
         names = ", ".join(disk.disk for disk in self.disks)
-        raise TargetError(f"snapshot {self.id} has no disk {name!r}", hint=f"it has: {names}", code="no-disk")
+        raise TargetError(
+            f"snapshot {self.id} has no disk {name!r}", hint=f"name one of its disks: {names}", code="no-disk"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,13 +283,14 @@ class Target(abc.ABC):
         """
 
     @abc.abstractmethod
-    async def merge(self, snapshot: Snapshot) -> None:
+    async def merge(self, snapshot: Snapshot, on_progress: OnBytes = untold) -> None:
         """Have a snapshot hold all of its content itself, durably; nothing to do if it does.
 
         It is the same for all that builds on it, and what it was built on is not needed for it any more. It takes
         as long, and as much space, as a full backup. TargetError's code is "no-snapshot" if it is gone, "needed"
         if it is in use, "target-full" if it might not fit, "content-wrong" if what it builds on is damaged; then,
-        and if cancelled before it is published, nothing is changed.
+        and if cancelled before it is published, nothing is changed. `on_progress` is called now and then, on the
+        event loop.
         """
 
     @abc.abstractmethod
@@ -310,7 +319,9 @@ def check_disk_name(disk: Disk) -> None:
 def gone(snapshot: str) -> TargetError:
     """The error that a snapshot is not there any more."""
     return TargetError(
-        f"there is no snapshot {snapshot} any more", hint="somebody removed it meanwhile", code="no-snapshot"
+        f"there is no snapshot {snapshot} any more",
+        hint="choose another one: somebody removed it meanwhile",
+        code="no-snapshot",
     )
 
 

@@ -23,7 +23,7 @@ from orchestrator.service.documents import (
     Vms,
 )
 from orchestrator.service.feed import Feed
-from orchestrator.service.orders import BackupOrder
+from orchestrator.service.orders import BackupOrder, PruneOrder
 from orchestrator.service.status import Status
 
 
@@ -79,6 +79,10 @@ class Recorded(Answers):
     def start_job(self, job: str) -> Request:
         self.asked.append(job)
         return Request("0badcafe", job, (), RequestState.UNDER_WAY, "2026-11-23T02:30:00+00:00")
+
+    def prune(self, order: PruneOrder) -> Request:
+        self.asked.append(order)
+        return Request("0badcafe", None, (), RequestState.UNDER_WAY, "2026-11-23T02:30:00+00:00")
 
     def request(self, request: str) -> Request:
         raise UnknownName("request", request, (), place="the test")

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from orchestrator.errors import TargetError
 from orchestrator.model import Disk
 from orchestrator.qemu.commands import CLUSTER_BYTES
-from orchestrator.target.base import Content, Draft, FileSink, Snapshot, SnapshotDisk, Target, Verification
+from orchestrator.target.base import (
+    Content,
+    Draft,
+    FileSink,
+    OnBytes,
+    Snapshot,
+    SnapshotDisk,
+    Target,
+    Verification,
+    untold,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -85,8 +95,9 @@ class FakeTarget(Target):
             raise TargetError(f"snapshot {snapshot.id} is needed by {', '.join(needed_by)}", code="needed")
         self.listed.remove(listed)
 
-    async def merge(self, snapshot: Snapshot) -> None:
+    async def merge(self, snapshot: Snapshot, on_progress: OnBytes = untold) -> None:
         await self.step("merge")
+        on_progress(1, 2)
         for position, one in enumerate(self.listed):
             if one.id == snapshot.id:
                 disks = tuple(replace(disk, parent=None) for disk in one.disks)

@@ -24,6 +24,12 @@ from tests.component.test_cli import ROOT, Done, command
 from tests.component.world import MIB, World, make_world
 
 SOON_SECONDS = 30.0
+RETENTION = """
+[job.kept]
+vms = ["web01"]
+target = "main"
+prune_backups = "keep-last=1"
+"""
 pytestmark = pytest.mark.usefixtures("quick_images")
 
 
@@ -67,7 +73,7 @@ def service() -> Iterator[Service]:
         world = make_world(Path(folder), disks={"vda": 4 * MIB})
 
         async def serve() -> None:
-            async with opened(world, supervise=True, retries=0) as engine:
+            async with opened(world, supervise=True, retries=0, more=RETENTION) as engine:
                 found.append(Service(world, engine, asyncio.get_running_loop()))
                 ready.set()
                 await asyncio.to_thread(ended.wait)
@@ -164,6 +170,91 @@ def test_other_commands_ask_the_daemon_which_holds_the_monitors(run: Run) -> Non
     assert document(run("cleanup", "--dry-run", "--json"))["dry_run"] is True
     assert document(run("job", "list", "--json"))["jobs"][0]["job"] == "nightly"
     assert document(run("status", "--json"))["process"] == os.getpid()
+
+
+def test_what_is_in_force_is_listed_whatever_the_file_says_by_now(run: Run, service: Service) -> None:
+    before = document(run("job", "list", "--json"))
+    text = service.config.read_text().replace("[job.nightly]", "[job.weekly]")
+    service.config.write_text(text + '[target.other]\npath = "/srv/other"\n')
+    assert document(run("job", "list", "--json")) == before
+    targets = json.loads(run("target", "list", "--json").stdout)["targets"]
+    assert [one["target"] for one in targets] == ["main"]
+
+
+def fates(rows: list[dict[str, Any]]) -> list[tuple[str, bool, bool]]:
+    return [(row["fate"], row["removed"], row["merged"]) for row in rows]
+
+
+def test_retention_is_applied_by_the_daemon_and_looks_as_without_one(run: Run, service: Service) -> None:
+    for _ in range(3):
+        document(run("backup", "web01", "--full", "--json"))
+    listed = service.world.fake_target.listed
+    first, second, third = (one.id for one in listed)
+    dry = document(run("prune", "--dry-run", "--json"))
+    assert fates(dry["snapshots"]) == [("remove", False, False)] * 2 + [("keep", False, False)]
+    assert dry["reclaimed"] == []
+    assert [one.id for one in listed] == [first, second, third]
+    done = run("prune", "--target", "main", "--vm", "web01")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "1 kept, 2 removed, 8.0 MiB freed"
+    assert [one.id for one in listed] == [third]
+    assert document(run("prune", "--json"))["snapshots"][0]["snapshot"] == third
+    refused = run("prune", "--vm", "web02", "--json")
+    assert (refused.returncode, json.loads(refused.stdout)["error"]["code"]) == (2, "unknown-name")
+
+
+def test_a_merge_by_the_daemon_shows_how_far_it_is(
+    run: Run, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.cli.work.LINE_SECONDS", 0)
+    for kind in ("full", "incremental"):
+        assert document(run("backup", "web01", "--json"))["runs"][0]["kind"] == kind
+    second = service.world.fake_target.listed[1].id
+    said = run("prune", "--merge").stdout.splitlines()
+    assert f"{second}: merging: 50% (1 B of 2 B)" in said
+    assert said[-1].startswith("1 kept, 1 of them merged, 1 removed, ")
+    assert [one.parents for one in service.world.fake_target.listed] == [()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, None])
+def test_retention_of_a_vm_that_is_backed_up_waits_and_can_be_ended(
+    run: Run, service: Service, number: signal.Signals | None
+) -> None:
+    for _ in range(2):
+        document(run("backup", "web01", "--full", "--json"))
+    listed = service.world.fake_target.listed
+    service.world.qemu.automatic = False
+    document(run("backup", "web01", "--full", "--detach", "--json"))
+    service.until(service.copying)
+    with start(service, "prune") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "web01: waits for the end of its backup\n"
+        assert len(listed) == 2
+        if number is not None:
+            process.send_signal(number)
+        else:
+            service.go_on()
+        _, complaints = process.communicate(timeout=SOON_SECONDS)
+    assert process.returncode == (130 if number is not None else 0), complaints
+    service.go_on()
+    service.until(lambda: not service.engine.status().runs)
+    assert len(listed) == (3 if number is not None else 1)
+
+
+def test_what_works_on_a_target_only_does_so_beside_a_run_of_the_daemon(run: Run, service: Service) -> None:
+    for _ in range(2):
+        document(run("backup", "web01", "--full", "--json"))
+    service.world.qemu.automatic = False
+    (begun,) = document(run("backup", "web01", "--full", "--detach", "--json"))["runs"]
+    service.until(service.copying)
+    first, second = (one["id"] for one in document(run("snapshot", "list", "--json"))["snapshots"])
+    assert document(run("snapshot", "show", "web01@latest", "--json"))["id"] == second
+    assert document(run("snapshot", "protect", second, "--json"))["protected"] is True
+    assert document(run("snapshot", "forget", first, "--json"))["forgotten"][0]["error"] is None
+    service.go_on()
+    service.until(lambda: not service.engine.status().runs)
+    assert document(run("run", "show", begun["run"], "--json"))["state"] in {"succeeded", "warning"}
+    assert document(run("snapshot", "list", "--json"))["snapshots"][0]["id"] == second
 
 
 def start(service: Service, *arguments: str) -> "subprocess.Popen[str]":

@@ -15,9 +15,10 @@ import structlog
 from structlog.testing import capture_logs
 
 from orchestrator import aio
+from orchestrator.causes import CODES
 from orchestrator.cli.main import main
 from orchestrator.errors import TargetError
-from orchestrator.model import Disk, Keep
+from orchestrator.model import Disk, Keep, MergeProgress
 from orchestrator.run.prune import prune
 from orchestrator.state import lock
 from orchestrator.target.base import Snapshot, SnapshotDisk
@@ -178,10 +179,12 @@ def test_it_is_data_too(run: Run, root: Path) -> None:
             "vm": "web01",
             "target": "main",
             "keep": bool(reason),
+            "fate": "keep" if reason else "remove",
             "reasons": [reason or "no rule keeps it"],
             "removed": False,
             "merged": False,
             "stored_bytes": MIB,
+            "grown_bytes": 0,
             "error": None,
         }
         for one, reason in zip(nights(15, 17), ("", "last 2", "last 1"), strict=True)
@@ -227,10 +230,10 @@ def test_it_can_be_narrowed_to_a_target_a_vm_or_a_job(run: Run, config: Path, ro
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["prune", "--target", "mian"], ("no target 'mian'", "there are: main")),
-        (["prune", "--vm", "web*"], ("no VM 'web*'", "there are: web01, db01")),
-        (["prune", "--job", "x"], ("no job 'x'", "there are: nightly, manual")),
-        (["prune", "--job", "manual"], ("has prune_backups and backs that up", "so everything is kept")),
+        (["prune", "--target", "mian"], ("no target 'mian'", "name one of: main")),
+        (["prune", "--vm", "web*"], ("no VM 'web*'", "name one of: web01, db01")),
+        (["prune", "--job", "x"], ("no job 'x'", "name one of: nightly, manual")),
+        (["prune", "--job", "manual"], ("has prune_backups and backs that up", "everything is kept")),
         (["snapshot", "forget", "web01@latest", "--target", "mian"], ("no target 'mian'",)),
         (["snapshot", "protect", "web01@latest", "--target", "mian"], ("no target 'mian'",)),
         (["snapshot", "forget"], ()),
@@ -251,17 +254,17 @@ def test_without_retention_everything_is_kept(run: Run, config: Path, root: Path
     make(root, *nights(1, 4))
     done = run("prune")
     assert done.returncode == 2
-    assert "has prune_backups\n  so everything is kept" in done.stderr
+    assert "has prune_backups: everything is kept\n" in done.stderr
     assert left(root) == ids(*nights(1, 4))
 
 
-def test_it_does_not_run_beside_the_daemon_or_a_backup(run: Run, root: Path, tmp_path: Path) -> None:
+def test_it_does_not_run_beside_a_command_that_backs_up(run: Run, root: Path, tmp_path: Path) -> None:
     make(root, *nights(1, 4))
     with lock.owned(tmp_path / "state"):
         done = run("prune")
     assert done.returncode == 11
     assert f"process {os.getpid()}, since " in done.stderr
-    assert "prune cannot run beside the daemon or a backup" in done.stderr
+    assert "do:  wait until it has ended" in done.stderr
     assert left(root) == ids(*nights(1, 4))
 
 
@@ -367,6 +370,32 @@ def test_what_was_merged_is_data_too(run: Run, root: Path) -> None:
         assert [row["removed"] for row in rows] == [not dry_run, False, False]
 
 
+def test_how_far_a_merge_is_is_shown(run: Run, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.cli.work.LINE_SECONDS", 0)
+    made = asyncio.run(real_chain(root, 3))
+    lines = run("prune", "--merge").stdout.splitlines()
+    said = [line for line in lines if line.startswith(f"{made[1].id}: merging: ")]
+    assert said
+    assert all(line.endswith("of 2.0 MiB)") for line in said)  # written, and read back
+    assert lines[-1].startswith("2 kept, 1 of them merged")
+
+
+async def test_a_merge_tells_how_far_it_is_until_all_is_written_and_read_back(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = await real_chain(root, 3)
+    monkeypatch.setattr("orchestrator.target.images.merging.POLL_SECONDS", 0)
+    told: list[MergeProgress] = []
+    await prune(ImagesTarget("main", root), "web01", KEEP_LAST, merge=True, on_merge=told.append)
+    assert {(one.vm, one.target, one.snapshot, one.size_bytes) for one in told} == {
+        ("web01", "main", made[2].id, 2 * MIB)
+    }
+    done = [one.done_bytes for one in told]
+    assert done == sorted(done)
+    assert done[0] == 0
+    assert MIB < done[-1] <= 2 * MIB
+
+
 def test_a_damaged_chain_is_not_merged_and_says_so(run: Run, root: Path) -> None:
     made = asyncio.run(real_chain(root, 4))
     (root / made[1].id / "vda.qcow2").write_bytes(b"QFI\xfb")
@@ -437,7 +466,9 @@ def test_what_is_protected_or_needed_is_not_forgotten(run: Run, root: Path) -> N
     done = run("snapshot", "forget", first.id)
     assert done.returncode == 1
     assert done.stderr == (
-        f"vmfleece: snapshot {first.id} is needed by {night(2).id}\n  remove what builds on it first\n"
+        f"vmfleece: snapshot {first.id} is needed by {night(2).id}\n"
+        f"  why: {CODES['needed'].why}\n"
+        "  do:  remove what builds on it first\n"
     )
     done = run("snapshot", "forget", night(3).id, night(4).id)
     assert done.returncode == 3
@@ -573,9 +604,15 @@ async def test_merging_is_logged_and_frees_what_was_only_needed(target: FakeTarg
         *([(False, False, ("no rule keeps it", f"merged into {night(4).id}"))] * 3),
         (True, True, ("last 1", "made to stand alone")),
     ]
-    assert [line["event"] for line in lines] == ["snapshot.merged", *["snapshot.removed"] * 3, "prune.finished"]
-    of_vm: dict[str, Any] = {"vm": "web01", "target": "main", "log_level": "info"}
-    assert lines[0] == of_vm | {"event": "snapshot.merged", "snapshot": night(4).id}
+    assert [line["event"] for line in lines] == [
+        "merge.started",
+        "snapshot.merged",
+        *["snapshot.removed"] * 3,
+        "prune.finished",
+    ]
+    of_one: dict[str, Any] = {"vm": "web01", "target": "main", "log_level": "info", "snapshot": night(4).id}
+    assert lines[0] == of_one | {"event": "merge.started", "older": ids(*nights(1, 3))}
+    assert lines[1] == of_one | {"event": "snapshot.merged"}
 
 
 async def test_what_is_in_use_is_merged_another_time_without_failing(target: FakeTarget) -> None:
@@ -591,7 +628,7 @@ async def test_what_is_in_use_is_merged_another_time_without_failing(target: Fak
     assert target.listed == chained(1, 3)
     assert [(one.keep, one.merged, one.error) for one in result.snapshots] == [(True, False, None)] * 3
     assert result.snapshots[2].reasons == ("last 1", "snapshot 3 is being restored")
-    assert [line["event"] for line in lines] == ["prune.finished"]
+    assert [line["event"] for line in lines] == ["merge.started", "prune.finished"]
 
 
 async def test_one_that_cannot_be_merged_does_not_save_the_other_chains(target: FakeTarget) -> None:
@@ -613,8 +650,13 @@ async def test_one_that_cannot_be_merged_does_not_save_the_other_chains(target: 
         *([(False, False, False)] * 2),
         (True, True, False),
     ]
-    assert [line["event"] for line in lines][:2] == ["merge.failed", "snapshot.merged"]
-    assert (lines[0]["code"], lines[-1]["failed"]) == ("target-full", [night(3).id])
+    assert [line["event"] for line in lines][:4] == [
+        "merge.started",
+        "merge.failed",
+        "merge.started",
+        "snapshot.merged",
+    ]
+    assert (lines[1]["code"], lines[-1]["failed"]) == ("target-full", [night(3).id])
 
 
 async def test_what_was_protected_or_built_on_while_it_was_merged_stays(target: FakeTarget) -> None:

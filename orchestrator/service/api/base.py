@@ -25,7 +25,7 @@ from orchestrator.service.documents import (
     Vms,
 )
 from orchestrator.service.feed import Feed
-from orchestrator.service.orders import BackupOrder
+from orchestrator.service.orders import BackupOrder, PruneOrder
 from orchestrator.service.status import Status
 
 
@@ -122,6 +122,10 @@ class Answers(abc.ABC):
     @abc.abstractmethod
     def start_job(self, job: str) -> Request:
         """Begin a job, as if it were due."""
+
+    @abc.abstractmethod
+    def prune(self, order: PruneOrder) -> Request:
+        """Begin to remove what retention does not keep."""
 
     @abc.abstractmethod
     def request(self, request: str) -> Request:

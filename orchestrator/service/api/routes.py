@@ -28,7 +28,7 @@ from orchestrator.service.documents import (
     VmDetails,
     Vms,
 )
-from orchestrator.service.orders import BackupOrder
+from orchestrator.service.orders import BackupOrder, PruneOrder
 from orchestrator.service.status import Status
 
 PREFIX = "/api/v1"
@@ -194,6 +194,15 @@ ROUTES = (
         Request,
         lambda a, call: a.start_job(call.name),
         name="job",
+        accepted=True,
+        fails=(404, 409, 503),
+    ),
+    _post(
+        "/prune",
+        "Remove what retention does not keep, or say what that is",
+        Request,
+        lambda a, call: a.prune(call.body),
+        body=PruneOrder,
         accepted=True,
         fails=(404, 409, 503),
     ),

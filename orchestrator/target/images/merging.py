@@ -22,6 +22,7 @@ was needed until then can be removed.
 import asyncio
 import contextlib
 import fcntl
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -33,7 +34,7 @@ from orchestrator import aio
 from orchestrator.errors import TargetError, ToolError
 from orchestrator.qemu import tools
 from orchestrator.target import durable
-from orchestrator.target.base import Snapshot, SnapshotDisk
+from orchestrator.target.base import OnBytes, Snapshot, SnapshotDisk
 from orchestrator.target.images import chain, locks, manifest, qcow2
 from orchestrator.target.images.errors import unwritten
 from orchestrator.units import format_size
@@ -43,11 +44,12 @@ log = structlog.get_logger(__name__)
 MERGED = ".merged"
 _NEW = manifest.NAME + ".new"
 METADATA_SHARE = 1024
+POLL_SECONDS = 0.5
 EMPTY_BYTES = 1 << 20
 """An image is larger than its content by less than this, and that part of it."""
 
 
-async def merge(vm_folder: Path, snapshot: Snapshot, *, target: str) -> None:
+async def merge(vm_folder: Path, snapshot: Snapshot, *, target: str, on_progress: OnBytes) -> None:
     """Make a snapshot stand alone; nothing to do if it does. Raises OSError, and TargetError as `Target.merge`.
 
     Cancellation undoes it, or finishes it if it has come to step 2.
@@ -61,8 +63,10 @@ async def merge(vm_folder: Path, snapshot: Snapshot, *, target: str) -> None:
         await aio.finish(asyncio.to_thread(_check_use, held))
         await asyncio.to_thread(_check_space, chains, target)
         made: list[Path] = []
+        far = _Far(sum(links[0].disk.size_bytes for links in chains), made)
         try:
-            disks = [await _write(links, made, target) for links in chains]
+            async with aio.background(far.tell(on_progress)):
+                disks = [await _write(links, far, target) for links in chains]
             # Finished in any case: what was begun with the locks must not go on without them.
             await aio.finish(asyncio.to_thread(_publish, held, disks, made))
         finally:
@@ -98,20 +102,61 @@ def settle_locked(vm_folder: Path, *, target: str) -> None:
             os.close(lock)
 
 
-async def _write(links: Sequence[chain.Link], made: list[Path], target: str) -> SnapshotDisk:
-    """Step 1 for one disk: what its manifest will say of it. Its file's path is put into `made`."""
+class _Far:
+    """How far step 1 is: each disk's file is written, which its size on the disk tells, and then read back."""
+
+    def __init__(self, content_bytes: int, made: list[Path]) -> None:
+        self.made = made
+        self._size_bytes = 2 * content_bytes
+        self._before_bytes = 0
+        self._disk_bytes = 0
+        self._read_bytes = 0
+        self._read_back = False
+
+    def begin(self, path: Path, disk: SnapshotDisk) -> None:
+        """Go on to a disk, which is written into a file."""
+        self._before_bytes += 2 * self._disk_bytes
+        self._disk_bytes, self._read_bytes, self._read_back = disk.size_bytes, 0, False
+        self.made.append(path)
+
+    async def digest(self, path: Path) -> str:
+        """Read a disk's file back, and return its content's SHA-256 in hex."""
+        self._read_back = True
+        digest = hashlib.sha256()
+
+        def take(piece: memoryview) -> None:  # in a thread
+            digest.update(piece)
+            self._read_bytes += len(piece)
+
+        await tools.read_back(path, "qcow2", take)
+        return digest.hexdigest()
+
+    async def tell(self, on_progress: OnBytes) -> None:
+        """Tell it now and then, until cancelled."""
+        while True:
+            of_disk = self._disk_bytes + self._read_bytes
+            if not self._read_back and self.made:
+                with contextlib.suppress(OSError):
+                    found = await asyncio.to_thread(self.made[-1].stat)
+                    of_disk = min(found.st_blocks * 512, self._disk_bytes)
+            on_progress(self._before_bytes + of_disk, self._size_bytes)
+            await asyncio.sleep(POLL_SECONDS)
+
+
+async def _write(links: Sequence[chain.Link], far: _Far, target: str) -> SnapshotDisk:
+    """Step 1 for one disk: what its manifest will say of it. Its file's path is put among those that are made."""
     newest = links[0]
     path = newest.image.with_name(_merged(newest.disk.disk))
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except FileExistsError as error:
         raise _in_use(newest.snapshot) from error
-    made.append(path)
+    far.begin(path, newest.disk)
     try:
         compressed = any([await asyncio.to_thread(qcow2.is_zstd, link.image) for link in links])
         try:
             content = await chain.read(links, tools.flatten(newest.image, descriptor, compress=compressed))
-            written = await tools.sha256(path, "qcow2")
+            written = await far.digest(path)
         except ToolError as error:
             raise unwritten(error, descriptor, target=target) from error
         if written != content:

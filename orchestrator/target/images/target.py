@@ -30,6 +30,7 @@ from orchestrator.target.base import (
     STAMP,
     Draft,
     FileSink,
+    OnBytes,
     ParentUnusable,
     Snapshot,
     SnapshotDisk,
@@ -38,6 +39,7 @@ from orchestrator.target.base import (
     check_disk_name,
     gone,
     protected_error,
+    untold,
 )
 from orchestrator.target.extra_files import ExtraFile
 from orchestrator.target.images import chain, locks, manifest, merging, removal
@@ -174,9 +176,9 @@ class ImagesTarget(Target):
             return []
         return extra_files.decode(json.loads(content), snapshot=snapshot.id)
 
-    async def merge(self, snapshot: Snapshot) -> None:
+    async def merge(self, snapshot: Snapshot, on_progress: OnBytes = untold) -> None:
         with explained(self.name, self.path / snapshot.id):
-            await merging.merge(self.path / snapshot.vm, snapshot, target=self.name)
+            await merging.merge(self.path / snapshot.vm, snapshot, target=self.name, on_progress=on_progress)
 
     async def leftovers(self) -> list[str]:
         return await asyncio.to_thread(self._leftovers)

@@ -20,6 +20,7 @@ from orchestrator.errors import TargetError
 from orchestrator.target import extra_files
 from orchestrator.target.base import (
     Content,
+    OnBytes,
     Snapshot,
     SnapshotDisk,
     Target,
@@ -27,6 +28,7 @@ from orchestrator.target.base import (
     gone,
     protected_error,
     snapshot_id,
+    untold,
 )
 from orchestrator.target.extra_files import ExtraFile
 from orchestrator.target.mover.process import Mover
@@ -211,7 +213,7 @@ class RepositoryTarget(Target):
         for made in wanted:
             await repository.forget(made)
 
-    async def merge(self, snapshot: Snapshot) -> None:
+    async def merge(self, snapshot: Snapshot, on_progress: OnBytes = untold) -> None:  # noqa: ARG002  nothing to do
         await self._made(snapshot)  # it holds all of its content itself, if it is there
 
     async def protect(self, snapshot: Snapshot, *, protected: bool) -> Snapshot:
@@ -257,7 +259,7 @@ class RepositoryTarget(Target):
                 if content is None or content.size_bytes != one.size_bytes:
                     raise TargetError(
                         f"snapshot {snapshot.id} does not hold disk {disk} as it says",
-                        hint="was it rewritten? `restic ls` says what is in it",
+                        hint="see with `restic ls` what is in it, and who rewrote it",
                         code=_WRONG,
                     )
                 found[disk] = content
