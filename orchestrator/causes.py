@@ -293,6 +293,11 @@ _TABLE: Mapping[Cause, tuple[tuple[str, str, str], ...]] = {
             "raise `quota`",
         ),
         (
+            "repository-version",
+            "vmfleece reads and writes version 2 of restic's format only",
+            "upgrade it with `restic migrate upgrade_repo_v2`, or give the target another place",
+        ),
+        (
             "storage",
             "the storage's folder is not usable, or its file system lacks something",
             "use a folder on ext4, XFS, btrfs, ZFS or tmpfs that vmfleece may write to",

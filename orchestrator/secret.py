@@ -33,7 +33,7 @@ def read_line(path: Path, unusable: Unusable, *, missing: str) -> str:
             f"cannot be read: {path}: {error.strerror}", "give vmfleece the right to read it"
         ) from error
     if not stat.S_ISREG(status.st_mode):
-        raise unusable(f"is no regular file: {path}", "write it into one")
+        raise unusable(f"is no regular file: {path}", "write the secret into one")
     if status.st_mode & stat.S_IROTH:
         raise unusable(f"can be read by others: {path}", f"chmod o-r {path}; others may know it by now")
     try:
@@ -41,7 +41,7 @@ def read_line(path: Path, unusable: Unusable, *, missing: str) -> str:
     except UnicodeDecodeError:
         raise unusable(f"is not UTF-8: {path}", "write it as text") from None
     if not line:
-        raise unusable(f"is empty: {path}", "write it into the file")
+        raise unusable(f"is empty: {path}", "write the secret into it")
     if "\n" in line:
         raise unusable(f"has more than one line: {path}", "leave only its one line")
     return line

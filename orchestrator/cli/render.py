@@ -77,8 +77,11 @@ def error_lines(error: VmfleeceError | ErrorReport, *, about: str = "") -> list[
     explained = causes.explained(error.code)
     problems = error.problems if isinstance(error, ConfigError) else ()
     first, *more = problems or (explained.why,)
+    what = _one_line(error.message)
+    if about and not what.startswith(f"VM {about}: "):
+        what = f"{about}: {what}"
     return [
-        f"vmfleece: {f'{about}: ' if about else ''}{_one_line(error.message)}",
+        f"vmfleece: {what}",
         f"  why: {_one_line(first)}",
         *(f"       {_one_line(problem)}" for problem in more),
         f"  do:  {_one_line(error.hint or explained.remedy)}",

@@ -130,8 +130,8 @@ class QmpMonitor(Monitor):
             failure = NobodyThere if error.errno in (errno.ENOENT, errno.ECONNREFUSED) else ConnectFailed
             raise failure(
                 f"VM {self._vm}: cannot connect to {self._path}: {error.strerror}",
-                hint="is the VM running, with -qmp unix:PATH,server=on,wait=off, and may this"
-                " user open the socket?",
+                hint="see that the VM runs, with -qmp unix:PATH,server=on,wait=off, and that this user"
+                " may open the socket",
             ) from error
         except NobodyThere:
             dialled.close()

@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 import aiohttp
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from orchestrator.errors import ConfigError, StateError, VmfleeceError
+from orchestrator.errors import ConfigError, StateError, UnknownName, VmfleeceError
 from orchestrator.service.api.routes import EVENTS, PREFIX
 from orchestrator.service.api.unix import socket_path
 from orchestrator.service.documents import Health
 from orchestrator.service.status import Status
+from orchestrator.target.restic.errors import NoRepository, RepositoryLocked, WrongPassword
 
 DEADLINE_SECONDS = 5.0
 STREAM_SECONDS = 60.0
@@ -28,6 +29,12 @@ T = TypeVar("T")
 
 _ERROR = TypeAdapter(dict[str, str])
 _USAGE = (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND)
+_OF_USAGE = (ConfigError.code, UnknownName.code)
+_KINDS: dict[str, type[VmfleeceError]] = {
+    **dict.fromkeys(("locked", "stopping", "state-unusable"), StateError),
+    **{kind.code: kind for kind in (NoRepository, RepositoryLocked, WrongPassword)},
+}
+"""Those whose exit code is not that of all others."""
 
 
 async def status(run_dir: Path) -> Status | None:
@@ -164,12 +171,16 @@ def _refused(path: Path, status_code: int, body: bytes) -> VmfleeceError:
         code, message, hint = error["code"], error["message"], error["hint"]
     except (ValidationError, KeyError):
         return _wrong(path, "an error that is none of vmfleece's")
-    if status_code in _USAGE:
-        usage = ConfigError(message, hint=hint)
-        usage.code = code
-        return usage
-    kind = StateError if code in ("locked", "stopping", "state-unusable") else VmfleeceError
-    return kind(message, hint=hint, code=code)
+    return met(code, message, hint, usage=status_code in _USAGE)
+
+
+def met(code: str, message: str, hint: str, *, usage: bool = False) -> VmfleeceError:
+    """An error that the daemon met, with the exit code that it has where there is no daemon."""
+    if usage or code in _OF_USAGE:
+        error = ConfigError(message, hint=hint)
+        error.code = code
+        return error
+    return _KINDS.get(code, VmfleeceError)(message, hint=hint, code=code)
 
 
 def _wrong(path: Path, why: str) -> StateError:

@@ -33,8 +33,7 @@ _MERGING = TypeAdapter(MergeProgress)
 async def carried_out(run_dir: Path, route: str, body: BaseModel | None, on_event: OnEvent) -> Request:
     """Have it done, and wait for the end; `on_event` is told what happens meanwhile, as far as it is of this.
 
-    Raises what `client.ask` raises, and StateError if it came to nothing, or the daemon ends. Cancellation ends
-    it first.
+    Raises what `client.ask` raises, what it failed of, and StateError if the daemon ends. Cancelling ends it.
     """
     async with client.following(run_dir) as events:
         begun = await aio.acquire(begin(run_dir, route, body), partial(_ended, run_dir))
@@ -91,7 +90,7 @@ async def _ended(run_dir: Path, begun: Request) -> None:
 def _done(request: Request) -> Request:
     if request.error is not None:
         hint = request.error.hint or "somebody else has cancelled it, or the daemon was told to stop"
-        raise StateError(request.error.message, hint=hint, code=request.error.code)
+        raise client.met(request.error.code, request.error.message, hint)
     return request
 
 

@@ -86,6 +86,9 @@ function onEvent(event) {
     progressed(event);
     return;
   }
+  if (event.event === "merge.progress") {
+    return;
+  }
   statusSoon();
   if (event.event === "run.finished") {
     const why = event.error ? `: ${event.error.message}` : "";

@@ -221,9 +221,9 @@ print(asking.makefile('rb').readline().split()[1].decode())
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be somebody else")
 @pytest.mark.parametrize(("groups", "status"), [([], 403), ([4242], 200)])
 async def test_the_kernel_says_who_asks(groups: list[int], status: int) -> None:
+    assert os.geteuid() == 0, "only root can ask as somebody else: run this as root"
     told = Recorded(lambda: Status(1, None), Service.DAEMON)
     with tempfile.TemporaryDirectory(prefix="vmf") as folder:  # whose parents anybody may enter
         async with server.served(answers.settings(Path(folder)), told):

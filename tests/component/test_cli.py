@@ -218,7 +218,10 @@ def test_vms_that_cannot_be_reached_fail_each_by_itself(run: Run, config: Path, 
 def test_an_unreachable_vm_is_said_in_words_and_on_the_right_stream(run: Run, config: Path) -> None:
     done = run("backup", "web01", "--config", config)
     assert_said(
-        done, 1, f"web01: VM web01: cannot connect to {config.parent}/web01.qmp: No such file", "is the VM running"
+        done,
+        1,
+        f"vmfleece: VM web01: cannot connect to {config.parent}/web01.qmp: No such file",
+        "see that the VM runs",
     )
     assert done.stdout.startswith("web01: failed after ")
 

@@ -11,14 +11,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import structlog
 
 from orchestrator.cli.main import main
+from orchestrator.errors import TargetError
 from orchestrator.service.engine import Engine
 from orchestrator.state.catalogue import Catalogue
+from orchestrator.target.restic.errors import NoRepository, RepositoryLocked, WrongPassword
 from tests.component.test_admission import opened
 from tests.component.test_cli import ROOT, Done, command
 from tests.component.world import MIB, World, make_world
@@ -201,6 +203,29 @@ def test_retention_is_applied_by_the_daemon_and_looks_as_without_one(run: Run, s
     assert document(run("prune", "--json"))["snapshots"][0]["snapshot"] == third
     refused = run("prune", "--vm", "web02", "--json")
     assert (refused.returncode, json.loads(refused.stdout)["error"]["code"]) == (2, "unknown-name")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (NoRepository("none there", hint="mount it"), 10),
+        (RepositoryLocked("somebody", hint="wait"), 11),
+        (WrongPassword("no key", hint="another"), 12),
+        (TargetError("a server", hint="see", code="target-unreachable"), 1),
+    ],
+)
+def test_what_the_daemon_fails_of_has_the_exit_code_that_it_has_without_one(
+    run: Run, service: Service, error: TargetError, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(_vm: str | None = None) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(service.world.target, "snapshots", refuse)
+    done = run("prune", "--json")
+    told = {"code": error.code, "message": error.message, "hint": error.hint}
+    assert (done.returncode, json.loads(done.stdout)) == (code, {"error": told})
+    assert done.stderr.startswith(f"vmfleece: {error.message}\n  why: ")
+    assert done.stderr.endswith(f"  do:  {error.hint}\n")
 
 
 def test_a_merge_by_the_daemon_shows_how_far_it_is(

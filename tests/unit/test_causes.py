@@ -129,6 +129,8 @@ def test_of_a_wrong_configuration_each_problem_is_a_reason() -> None:
         f"  do:  {CODES['config'].remedy}",
     ]
     assert render.error_lines(error, about="web01")[0] == "vmfleece: web01: 2 problems in a.toml"
+    named = render.error_lines(VmfleeceError("VM web01: it is gone"), about="web01")
+    assert named[0] == "vmfleece: VM web01: it is gone"
 
 
 def test_every_cause_is_explained_with_when_it_is_tried_again() -> None:

@@ -284,7 +284,7 @@ def test_what_is_kept_of_a_vm_on_a_target_is_what_any_of_their_jobs_says(tmp_pat
 
 
 def test_a_job_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no job 'weekly' in .* \(jobs: nightly\)"):
+    with pytest.raises(ConfigError, match=r"no job 'weekly' in .* \(there are: nightly\)"):
         load(tmp_path, GOOD).run_options("weekly")
 
 

@@ -31,7 +31,7 @@ from orchestrator.target.restic import (
     tree,
 )
 from orchestrator.target.restic.crypto import Cost, Key
-from orchestrator.target.restic.errors import Damaged, WrongPassword
+from orchestrator.target.restic.errors import Damaged, OtherVersion, WrongPassword
 from orchestrator.target.restic.lock_file import LockFile
 from orchestrator.target.restic.pack import BlobKind, Entry, PackBuilder, open_blob, seal_blob
 from orchestrator.target.restic.snapshot import ResticSnapshot
@@ -238,8 +238,6 @@ def test_restics_own_polynomials_are_irreducible() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 1},
-        {"version": 3},
         {"version": "2"},
         {"id": "abc"},
         {"chunker_polynomial": "3da3358b4dc171"},
@@ -254,6 +252,17 @@ def test_a_config_that_is_none(change: dict[str, Any]) -> None:
     assert config.open_sealed(stored(document), KEY).version == 2
     with pytest.raises(Damaged, match="config"):
         config.open_sealed(stored(document | change), KEY)
+
+
+@pytest.mark.parametrize(
+    ("version", "remedy"), [(1, "restic migrate upgrade_repo_v2"), (3, "a vmfleece that writes")]
+)
+def test_a_repository_in_another_version_of_the_format_is_not_called_damaged(version: int, remedy: str) -> None:
+    document = {"version": version, "id": "ab" * 32, "chunker_polynomial": "3da3358b4dc173"}
+    with pytest.raises(OtherVersion, match=f"in version {version} of restic's format") as refused:
+        config.open_sealed(envelope.seal(KEY, document, compressed=False), KEY)
+    assert remedy in refused.value.hint
+    assert (refused.value.code, refused.value.retryable) == ("repository-version", False)
 
 
 # Packs

@@ -180,7 +180,7 @@ class Mover:
             return  # it is gone: `_listen` says why
         except OSError as error:
             raise TargetError(
-                f"the mover cannot be asked: {error}",
+                f"the process that writes to the repository cannot be asked: {error}",
                 hint="back it up again; the kernel's log may say what ended it, such as too little memory",
                 code="mover-died",
             ) from error

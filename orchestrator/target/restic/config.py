@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from orchestrator.target.restic import envelope
 from orchestrator.target.restic.crypto import Key
-from orchestrator.target.restic.errors import Damaged
+from orchestrator.target.restic.errors import Damaged, OtherVersion
 
 FILE = "config"
 VERSION = 2
@@ -45,11 +45,11 @@ def seal(config: RepositoryConfig, key: Key) -> bytes:
 
 
 def open_sealed(stored: bytes, key: Key) -> RepositoryConfig:
-    """Read the file. Raises Damaged; for another version of the format, too."""
+    """Read the file. Raises Damaged, and OtherVersion of the format."""
     document = envelope.open_sealed(key, stored, file=FILE)
     version = document.integer("version")
     if version != VERSION:
-        raise Damaged(FILE, f"its version is {version}, and only {VERSION} is read here")
+        raise OtherVersion(version, VERSION)
     try:
         polynomial = int(document.text("chunker_polynomial"), 16)
     except ValueError:

@@ -4,6 +4,7 @@ All of it is a TargetError; a caller branches on the class or on `code`.
 
 TargetError
 ├── Damaged            a file is not what its name, its seal or the format says
+├── OtherVersion       it is in a version of the format that is not written here
 ├── WrongPassword      no key opens with the password                          exit 12
 ├── NoRepository       there is none at that place                             exit 10
 ├── RepositoryLocked   somebody else works on it alone                         exit 11
@@ -32,6 +33,21 @@ class Damaged(TargetError):
         )
         self.file = file
         self.problem = problem
+
+
+class OtherVersion(TargetError):
+    """The repository is in a version of restic's format that is not written here."""
+
+    code = "repository-version"
+
+    def __init__(self, version: int, ours: int) -> None:
+        hint = "use a vmfleece that writes that version"
+        if version < ours:
+            hint = "`restic migrate upgrade_repo_v2` makes it version 2, while nobody else works on it"
+        super().__init__(
+            f"the repository is in version {version} of restic's format, and vmfleece works with version {ours}",
+            hint=hint,
+        )
 
 
 class WrongPassword(TargetError):
