@@ -42,6 +42,7 @@ target = "main"
 fleecing = "enabled=1,storage=local"
 """
 SILENT_VMS = 20
+READY = "VMF ready"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["10.0", "7.2"])
@@ -171,16 +172,25 @@ async def test_a_migration_is_not_held_up_and_ends_the_run(vm: GuestVm, tmp_path
     await host.assert_as_before()
 
 
-async def test_a_guest_that_shuts_down_meanwhile_is_backed_up_to_the_end(vm: GuestVm, tmp_path: Path) -> None:
-    """Its QEMU stays (-no-shutdown)."""
+async def test_a_guest_that_is_reset_and_shut_down_meanwhile_is_backed_up_to_the_end(
+    vm: GuestVm, tmp_path: Path
+) -> None:
+    """It boots again and writes on; its QEMU stays when it is shut down (-no-shutdown)."""
     host = Host(tmp_path, vm)
-    await vm.execute("set-action", {"shutdown": "pause", "reboot": "shutdown"})
+    await vm.execute("set-action", {"reboot": "reset"})
     await vm.pause()
     async with host.backing_up(FLEECED, bwlimit=SLOWLY) as under_way:
         await under_way.copying()
         moment = await host.copies()
         await vm.resume()
         await vm.wait_writes(200)
+        boots = vm.console().count(READY)
+        await vm.execute("system_reset")
+        await vm.wait_until(lambda: vm.console().count(READY) > boots, "the guest to boot again", 60)
+        await vm.wait_writes(200)
+        await vm.assert_healthy()
+        assert not under_way.ended()
+        await vm.execute("set-action", {"shutdown": "pause", "reboot": "shutdown"})
         await vm.execute("system_reset")
         await under_way.until(lambda: under_way.fleecing_bytes() > 0, "old data")
         async with asyncio.timeout(20):
