@@ -13,9 +13,9 @@ from orchestrator.cli.work import Work
 from orchestrator.config import Config
 from orchestrator.errors import EXIT_FAILED, EXIT_OK, EXIT_SOME_FAILED, TargetError
 from orchestrator.run.prune import remove
-from orchestrator.run.restore import RestorePhase, restore_extra_files
 from orchestrator.run.restore import restore as restore_disk
-from orchestrator.target.base import Snapshot, SnapshotDisk
+from orchestrator.run.restore import restore_extra_files
+from orchestrator.target.base import Snapshot
 from orchestrator.units import format_size
 
 
@@ -121,7 +121,8 @@ async def restore(config: Config, arguments: argparse.Namespace) -> int:
         wanted = {arguments.disk: to}
     restored = []
     for disk, path in wanted.items():
-        with _Restoring(snapshot.disk(disk), shown=not arguments.json) as work:
+        with Work(snapshot.disk(disk).size_bytes, shown=not arguments.json) as work:
+            work.begin(disk, before_bytes=0)
             one = await restore_disk(
                 targets[snapshot.target],
                 snapshot,
@@ -129,7 +130,7 @@ async def restore(config: Config, arguments: argparse.Namespace) -> int:
                 to=path,
                 image_format=arguments.format,
                 overwrite=arguments.force,
-                on_progress=work.update,
+                on_progress=work.done,
             )
         restored.append(one)
         if not arguments.json:
@@ -145,22 +146,6 @@ async def restore(config: Config, arguments: argparse.Namespace) -> int:
         for file, path in files:
             render.print_line(f"{path}: {file.path} of {snapshot.id}")
     return EXIT_OK
-
-
-class _Restoring(Work):
-    """The progress of one disk, which is written and then read back: twice its size."""
-
-    def __init__(self, disk: SnapshotDisk, *, shown: bool) -> None:
-        super().__init__(2 * disk.size_bytes, shown=shown)
-        self._disk = disk
-        self._phase: RestorePhase | None = None
-
-    def update(self, phase: RestorePhase, done_bytes: int) -> None:
-        if phase is not self._phase:
-            self._phase = phase
-            before_bytes = self._disk.size_bytes if phase is RestorePhase.CHECKING else 0
-            self.begin(f"{self._disk.disk}: {phase}", before_bytes=before_bytes)
-        self.done(done_bytes)
 
 
 def _file_name(disk: str, image_format: str) -> str:

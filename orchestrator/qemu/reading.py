@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import io
 import itertools
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,17 +17,12 @@ Update = Callable[[memoryview], object]
 """Takes content in pieces, in order, each of which is there during the call only. Blocks."""
 
 
-async def file(path: Path, update: Update, *, most_bytes: int = sys.maxsize) -> None:
-    """Have `update` take a file, or its beginning. Raises OSError."""
-    opening = asyncio.to_thread(_Stoppable, path, most_bytes)
-    with await aio.acquire(opening, lambda source: asyncio.to_thread(source.close)) as source:
-        await aio.in_thread(lambda source: feed(source, update), source, end=source.stop)
-
-
 async def file_sha256(path: Path) -> str:
     """The SHA-256 of a file as it is, in hex, as sha256sum prints it. Raises OSError."""
     digest = hashlib.sha256()
-    await file(path, digest.update)
+    opening = asyncio.to_thread(_Stoppable, path)
+    with await aio.acquire(opening, lambda source: asyncio.to_thread(source.close)) as source:
+        await aio.in_thread(lambda source: feed(source, digest.update), source, end=source.stop)
     return digest.hexdigest()
 
 
@@ -46,16 +40,14 @@ def feed(source: io.FileIO, update: Update) -> None:
 
 
 class _Stoppable(io.FileIO):
-    """A file that ends after `most_bytes`, and can be made to end wherever it is read."""
+    """A file that can be made to end wherever it is read."""
 
-    def __init__(self, path: Path, most_bytes: int) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._left_bytes = most_bytes
+        self._stopped = False
 
     def stop(self) -> None:
-        self._left_bytes = 0
+        self._stopped = True
 
     def readinto(self, buffer: Any) -> int:
-        count = super().readinto(memoryview(buffer)[: self._left_bytes]) or 0
-        self._left_bytes -= count
-        return count
+        return 0 if self._stopped else super().readinto(buffer) or 0

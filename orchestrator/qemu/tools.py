@@ -6,12 +6,12 @@ Errors are ToolError; cancellation ends the tool.
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import os
 import signal
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -68,6 +68,30 @@ async def flatten(source: Path, descriptor: int, *, compress: bool) -> None:
     await _run([*argv, str(source), f"/dev/fd/{descriptor}"], pass_fds=(descriptor,))
 
 
+async def difference(
+    path: Path, image_format: str, other: Path | str, other_format: str, *, size_bytes: int
+) -> str:
+    """What an image's content, or what an NBD server has (by its URI), is not as the other's, for people; or "".
+
+    Both have `size_bytes`; only of a block device the rest is not looked at. Takes as long as reading what is not
+    zero of both.
+    """
+    given = str(path)
+    if await asyncio.to_thread(path.is_block_device):
+        device = {"driver": "host_device", "filename": given}
+        given = "json:" + json.dumps({"driver": "raw", "size": size_bytes, "file": device})
+    elif (found_bytes := await virtual_size(path, image_format)) != size_bytes:
+        return f"it has {found_bytes} bytes instead of {size_bytes}"
+    argv = ["qemu-img", "compare", "-U", "-f", image_format, "-F", other_format, given, str(other)]
+    finished = await _run(argv, fine=(0, 1))
+    return finished.stdout.decode(errors="replace").strip() if finished.returncode else ""
+
+
+async def check(path: Path) -> None:
+    """See that a qcow2 image's own tables are consistent. Clusters that nobody uses are no error."""
+    await _run(["qemu-img", "check", "-q", "-f", "qcow2", str(path)], fine=(0, 3))
+
+
 async def virtual_size(path: Path, image_format: str) -> int:
     """The size in bytes that a guest sees. For a block device: its own size."""
     finished = await _run(["qemu-img", "info", "-U", "-f", image_format, "--output=json", str(path)])
@@ -75,27 +99,17 @@ async def virtual_size(path: Path, image_format: str) -> int:
 
 
 async def sha256(path: Path, image_format: str) -> str:
-    """The SHA-256 of an image's whole content, in hex."""
+    """The SHA-256 of an image's whole content, in hex: zeroes count, so it takes as long as the disk is large."""
     digest = hashlib.sha256()
     await read_back(path, image_format, digest.update)
     return digest.hexdigest()
 
 
-async def read_back(
-    path: Path, image_format: str, update: reading.Update, *, size_bytes: int = sys.maxsize
-) -> None:
-    """Have `update` take an image's content, of a raw one its first `size_bytes`."""
-    if image_format != "raw":
-        await _read_served(path, image_format, update)
-        return
-    try:
-        await reading.file(path, update, most_bytes=size_bytes)
-    except OSError as error:
-        raise ToolError(f"cannot read back {path}: {error.strerror}", hint=_MAY_READ) from error
+async def read_back(path: Path, image_format: str, update: reading.Update) -> None:
+    """Have `update` take an image's content.
 
-
-async def _read_served(path: Path, image_format: str, update: reading.Update) -> None:
-    """Have nbdcopy start qemu-nbd on a private socket, read through it and write the content to a pipe."""
+    nbdcopy starts qemu-nbd on a private socket, reads through it and writes the content to a pipe.
+    """
     server = ["qemu-nbd", "--read-only", f"--format={image_format}", str(path)]
     read_end, write_end = os.pipe()
     try:
@@ -117,7 +131,8 @@ async def _read_served(path: Path, image_format: str, update: reading.Update) ->
     finally:
         os.close(write_end)
     try:
-        await aio.in_thread(lambda pipe: _feed(pipe, update), read_end, end=lambda: _kill_group(process.pid))
+        feeding = functools.partial(_feed, update=update)
+        await aio.in_thread(feeding, read_end, end=lambda: _kill_group(process.pid))
     finally:
         _, stderr = await aio.finish(process.communicate())
     if process.returncode != 0:
@@ -156,12 +171,12 @@ async def end(process: asyncio.subprocess.Process) -> None:
     await process.communicate()
 
 
-async def _run(argv: list[str], *, pass_fds: tuple[int, ...] = ()) -> aio.Finished:
+async def _run(argv: list[str], *, pass_fds: tuple[int, ...] = (), fine: tuple[int, ...] = (0,)) -> aio.Finished:
     try:
         finished = await aio.run_process(argv, pass_fds=pass_fds)
     except FileNotFoundError as error:
         raise missing(argv[0]) from error
-    if finished.returncode != 0:
+    if finished.returncode not in fine:
         raise ToolError(
             f"{argv[0]} {argv[1]} failed: {finished.stderr}",
             hint="see that the images it names are there and may be read, and that there is room",

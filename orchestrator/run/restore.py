@@ -2,8 +2,7 @@
 
 Nothing is continued: who restores again after an interruption starts over.
 
-The target checks what it reads. It holds the very memory that is written against its hashes, or, where a tool
-writes, says what the content must be: then what was written is read back and held against that.
+The target checks what it reads, and that what it has written is right.
 A file is written under a `.partial` name, checked, made durable and renamed: what has the final name is right.
 A block device is written in place, and read back.
 """
@@ -13,18 +12,16 @@ import contextlib
 import errno
 import os
 import secrets
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 import structlog
 
 from orchestrator import aio
 from orchestrator.errors import TargetError
-from orchestrator.qemu import reading, tools
+from orchestrator.qemu import tools
 from orchestrator.target import durable
 from orchestrator.target.base import Snapshot, Target
 from orchestrator.target.extra_files import ExtraFile
@@ -38,25 +35,17 @@ NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 POLL_SECONDS = 0.5
 
 
-class RestorePhase(StrEnum):
-    """Where a disk's restore is."""
-
-    WRITING = "writing"
-    CHECKING = "checking"
-
-
-OnProgress = Callable[[RestorePhase, int], None]
-"""Told, in any thread, how many bytes of the disk's size are done in a phase; must neither fail nor wait."""
+OnProgress = Callable[[int], None]
+"""Told how many bytes of the disk's size are written; must neither fail nor wait."""
 
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """A disk that was given back and is right. `sha256` is of all its content, if the target knows that."""
+    """A disk that was given back and is right."""
 
     disk: str
     path: Path
     size_bytes: int
-    sha256: str | None
 
 
 async def restore(
@@ -67,7 +56,7 @@ async def restore(
     to: Path,
     image_format: str,
     overwrite: bool = False,
-    on_progress: OnProgress = lambda _phase, _done_bytes: None,
+    on_progress: OnProgress = lambda _done_bytes: None,
 ) -> Restored:
     """Restore one disk to a new file, or to a block device (which needs `overwrite`).
 
@@ -87,22 +76,9 @@ async def restore(
         if device:
             await _check_fits(wanted.size_bytes, to)
         async with aio.background(_watch(written, on_progress)):
-            content = await target.extract(snapshot, disk, to=written, image_format=image_format)
-        making_durable = _make_durable(written, to)
-        if content is None:
-            await making_durable
-        else:
-            most_bytes = wanted.size_bytes if device else sys.maxsize
-            update = _counted(content.update, on_progress)
-            reading_back = tools.read_back(written, image_format, update, size_bytes=most_bytes)
-            await aio.all_or_first_error((reading_back, making_durable))
-            if problem := content.problem():
-                raise TargetError(
-                    f"disk {disk} of {snapshot.id} was restored wrong: {problem}",
-                    hint="its image on the target is damaged, or what was written to: restore another snapshot,"
-                    " or to another disk",
-                    code="content-wrong",
-                )
+            await target.extract(snapshot, disk, to=written, image_format=image_format)
+        with _explained(to):
+            await asyncio.to_thread(durable.sync, written)
         if not device:
             with _explained(to):
                 await asyncio.to_thread(_publish, written, to)
@@ -112,7 +88,7 @@ async def restore(
                 written.unlink()
         raise
     log.info("restore.finished", snapshot=snapshot.id, disk=disk, to=str(to), size_bytes=wanted.size_bytes)
-    return Restored(disk, to, wanted.size_bytes, content.sha256 if content else None)
+    return Restored(disk, to, wanted.size_bytes)
 
 
 async def _watch(path: Path, on_progress: OnProgress) -> None:
@@ -120,20 +96,8 @@ async def _watch(path: Path, on_progress: OnProgress) -> None:
     while True:
         with contextlib.suppress(OSError):  # not there yet
             found = await asyncio.to_thread(path.stat)
-            on_progress(RestorePhase.WRITING, found.st_blocks * 512)
+            on_progress(found.st_blocks * 512)
         await asyncio.sleep(POLL_SECONDS)
-
-
-def _counted(update: reading.Update, on_progress: OnProgress) -> reading.Update:
-    done_bytes = 0
-
-    def counted(piece: memoryview) -> None:
-        nonlocal done_bytes
-        update(piece)
-        done_bytes += len(piece)
-        on_progress(RestorePhase.CHECKING, done_bytes)
-
-    return counted
 
 
 async def restore_extra_files(target: Target, snapshot: Snapshot, *, to: Path) -> list[tuple[ExtraFile, Path]]:
@@ -193,12 +157,6 @@ async def _check_fits(size_bytes: int, device: Path) -> None:
             hint="give a block device that is at least as large",
             code="restore-path",
         )
-
-
-async def _make_durable(written: Path, to: Path) -> None:
-    """Beside reading it back, from the host's cache: the disk is idle meanwhile."""
-    with _explained(to):
-        await asyncio.to_thread(durable.sync, written)
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,14 +49,20 @@ def untold(_done_bytes: int, _size_bytes: int) -> None:
     """Nobody wants to know."""
 
 
+class HashOf(StrEnum):
+    """What a disk's hash is of: its image as stored, or its content, as `sha256sum` prints it for a raw disk."""
+
+    FILE = "file"
+    CONTENT = "content"
+
+
 @dataclass(frozen=True, slots=True)
 class SnapshotDisk:
     """One disk of a snapshot. `parent` is the snapshot whose image of it its own builds on; None: it stands alone.
 
-    `sha256` of one that stands alone is that of its whole content, as `sha256sum` prints it for the raw disk. Of
-    one with a parent it is that of its image as the target stores it, which is never changed while it has one: so
-    sealing takes as long as what was written is large, and who reads a disk checks each image that it builds on.
-    None: the target knows the content by the hashes of its parts, and checks those.
+    `sha256` is that of its image as the target stores it, so that sealing takes as long as what was written is
+    large, whatever the disk's size; or of the disk's whole content, as `sha256_of` says. None: the target knows
+    the content by the hashes of its parts, and checks those.
     """
 
     disk: str
@@ -63,6 +70,7 @@ class SnapshotDisk:
     sha256: str | None
     stored_bytes: int
     parent: str | None = None
+    sha256_of: HashOf = HashOf.FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,23 +143,6 @@ class ParentUnusable(TargetError):
     code = "parent-unusable"
 
 
-class Content(abc.ABC):
-    """What a disk must hold. Feed it with what the disk holds, from its beginning to its end, then ask.
-
-    `sha256` is that of it all, in hex; None where only those of its parts are known, and compared.
-    """
-
-    sha256: str | None
-
-    @abc.abstractmethod
-    def update(self, data: bytes | memoryview) -> None:
-        """Take what follows, in pieces of any length. Blocks as long as hashing it takes."""
-
-    @abc.abstractmethod
-    def problem(self) -> str:
-        """What is wrong with what it was fed, for people; "" if nothing is."""
-
-
 @dataclass(frozen=True, slots=True)
 class Verification:
     """What came of reading a snapshot back: how much of how much, and what is damaged, for people."""
@@ -193,7 +184,7 @@ class Draft(abc.ABC):
     async def seal(self, disk: Disk) -> SnapshotDisk:
         """Make a completely written disk durable and read back its hash; QEMU must have closed it.
 
-        What the hash is of: `SnapshotDisk`. Without a parent it takes as long as reading the whole disk.
+        It takes as long as reading what was written, whatever the disk's size.
         """
 
     @abc.abstractmethod
@@ -237,13 +228,12 @@ class Target(abc.ABC):
         """
 
     @abc.abstractmethod
-    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> Content | None:
-        """Write a disk's content into the file or block device at `to`, as `raw` or `qcow2`.
+    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> None:
+        """Write a disk's content into the file or block device at `to`, as `raw` or `qcow2`; see that it is right.
 
-        Returns what the content must be: hold what was written against it. None if all of it was held against its
-        hashes already, in the memory that it was written from. All that the disk builds on is checked, and not
-        changed or removed meanwhile. TargetError's code is "content-wrong" if some of that is damaged or gone, and
-        it names the snapshot; "no-snapshot" if the snapshot itself is gone.
+        What the disk builds on is checked, too, and not changed or removed meanwhile. It is left to the caller to
+        make it durable. TargetError's code is "content-wrong" if what is there is not what was backed up, or
+        something that it is made of is damaged or gone: it names the snapshot; "no-snapshot" if that is gone.
         """
 
     @abc.abstractmethod

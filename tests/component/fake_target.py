@@ -12,7 +12,6 @@ from orchestrator.errors import TargetError
 from orchestrator.model import Disk
 from orchestrator.qemu.commands import CLUSTER_BYTES
 from orchestrator.target.base import (
-    Content,
     Draft,
     FileSink,
     OnBytes,
@@ -59,7 +58,7 @@ class FakeTarget(Target):
     async def snapshots(self, vm: str | None = None) -> list[Snapshot]:
         return [snapshot for snapshot in self.listed if vm in (None, snapshot.vm)]
 
-    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> Content | None:
+    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> None:
         raise NotImplementedError
 
     def exported(

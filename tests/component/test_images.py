@@ -28,7 +28,8 @@ async def test_the_snapshot_is_what_the_disks_were(
     for disk, content in world.first.items():
         stored = snapshot.disk(disk)
         assert stored.size_bytes == len(content)
-        assert stored.sha256 == hashlib.sha256(content).hexdigest()
+        image = tmp_path / "target" / snapshot.id / f"{disk}.qcow2"
+        assert stored.sha256 == hashlib.sha256(image.read_bytes()).hexdigest()
         restored = await restore(target, snapshot, disk, to=tmp_path / f"{disk}.raw", image_format="raw")
         assert restored.path.read_bytes() == content
     for image in (tmp_path / "target").rglob("*.qcow2"):

@@ -8,7 +8,6 @@ import abc
 import asyncio
 import contextlib
 import errno
-import hashlib
 import itertools
 import json
 import os
@@ -27,7 +26,7 @@ import pytest
 from orchestrator import aio
 from orchestrator.errors import TargetError
 from orchestrator.model import Compression, Disk
-from orchestrator.target.base import Content, Draft, FileSink, ParentUnusable, Sink, Snapshot, Target, find
+from orchestrator.target.base import Draft, FileSink, ParentUnusable, Sink, Snapshot, Target, find
 from orchestrator.target.extra_files import ExtraFile
 from orchestrator.target.images import target as images_module
 from orchestrator.target.images.target import ImagesTarget
@@ -276,19 +275,9 @@ async def chain(target: Target, size_bytes: int, changes: Sequence[Parts]) -> li
     return points
 
 
-def problem(expected: Content | None, data: bytes) -> str:
-    """What is wrong with a disk that holds `data`; nothing if the target has seen to that itself."""
-    if expected is None:
-        return ""
-    for at in range(0, len(data), 1000_003):
-        expected.update(memoryview(data)[at : at + 1000_003])
-    return expected.problem()
-
-
 async def assert_holds(target: Target, made: Snapshot, data: bytes, out: Path, name: str = "vda") -> None:
-    expected = await target.extract(made, name, to=out, image_format="raw")
+    await target.extract(made, name, to=out, image_format="raw")
     assert out.read_bytes() == data
-    assert problem(expected, data) == ""
     out.unlink()
 
 
@@ -316,7 +305,7 @@ async def test_commit_lists_it_and_nothing_did_before(target: Target, case: Case
     )
     assert details == DETAILS
     assert (sealed.disk, sealed.size_bytes) == ("vda", MIB)
-    assert sealed.sha256 == (hashlib.sha256(content(MIB)).hexdigest() if case.hashes_disks else None)
+    assert (sealed.sha256 is not None) is case.hashes_disks
     assert sealed.stored_bytes > 0
 
 
@@ -350,23 +339,6 @@ async def test_a_chain_gives_back_each_of_its_points_whole(target: Target, case:
     assert [point.disk("vda").parent for point, _ in points] == parents
     for point, data in points:
         await assert_holds(target, point, data, tmp_path / "out")
-
-
-DAMAGES: dict[str, Callable[[bytes], bytes]] = {
-    "short": lambda data: data[:-1],
-    "long": lambda data: data + b"\0",
-    "empty": lambda _data: b"",
-    "last bit": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
-    "first bit": lambda data: bytes([data[0] ^ 1]) + data[1:],
-}
-
-
-async def test_content_that_is_not_right_is_told(target: Target, tmp_path: Path) -> None:
-    for point, data in await chain(target, 5 * MIB, [{0: b"\1" * CLUSTER}]):
-        for name, damaged in DAMAGES.items():
-            expected = await target.extract(point, "vda", to=tmp_path / point.kind, image_format="qcow2")
-            assert expected
-            assert problem(expected, damaged(data)) != "", name
 
 
 async def test_disks_are_listed_in_the_order_in_which_they_were_added(target: Target) -> None:
@@ -980,13 +952,9 @@ async def test_what_is_damaged_is_found_and_only_that(target: Target, case: Case
     (found,) = (await reader.verify(made, share=1.0)).problems
     assert "vdb" in found
     out = tmp_path / "out"
-    try:
-        expected = await reader.extract(made, "vdb", to=out, image_format="raw")
-    except TargetError as error:
-        assert (error.code, made.id in error.message) == ("content-wrong", True)  # noqa: PT017
-    else:
-        assert expected
-        assert problem(expected, out.read_bytes()) != ""
+    with pytest.raises(TargetError) as told:
+        await reader.extract(made, "vdb", to=out, image_format="raw")
+    assert (told.value.code, made.id in told.value.message) == ("content-wrong", True)
     await assert_holds(reader, made, content(MIB, 0), out, "vda")
     assert (await reader.verify(other, share=1.0)).problems == ()
     assert await reader.snapshots() == [made, other]

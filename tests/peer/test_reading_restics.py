@@ -53,10 +53,7 @@ async def run(*argv: str | Path, fails: bool = False) -> str:
 async def test_it_is_extracted(written: Written, tmp_path: Path, image_format: str) -> None:
     _, repository, content = written
     out = tmp_path / "out"
-    expected = await contents.extract(repository, content, name="vda", to=out, image_format=image_format)
-    if expected:
-        expected.update(DISK)
-        assert expected.problem() == ""
+    await contents.extract(repository, content, name="vda", to=out, image_format=image_format)
     (tmp_path / "vda.raw").write_bytes(DISK)
     await run("qemu-img", "compare", "-f", "raw", "-F", image_format, tmp_path / "vda.raw", out)
     assert out.stat().st_blocks * 512 < 22 * MIB

@@ -29,7 +29,6 @@ from tests.component.test_target_contract import (
     assert_holds,
     chain,
     filled,
-    problem,
     short_settling,
     write_parts,
 )
@@ -181,9 +180,8 @@ async def test_what_restic_backed_up_disturbs_nothing_and_can_be_read(
         held = {one.disk.replace('\\"', '"'): one.disk for one in wanted.disks}
         assert set(held) == set(expected)
         for name, data in expected.items():
-            content = await target.extract(wanted, held[name], to=tmp_path / "out", image_format="raw")
+            await target.extract(wanted, held[name], to=tmp_path / "out", image_format="raw")
             assert (tmp_path / "out").read_bytes() == data, name
-            assert problem(content, data) == ""
             (tmp_path / "out").unlink()
     assert await target.look_up("01234567") is None
     await assert_built_on(target, points[0], tmp_path / "out")

@@ -24,7 +24,7 @@ from structlog.testing import capture_logs
 from orchestrator import aio
 from orchestrator.errors import TargetError, ToolError
 from orchestrator.model import Compression
-from orchestrator.target.base import Snapshot
+from orchestrator.target.base import HashOf, Snapshot
 from orchestrator.target.images import chain, merging, qcow2
 from orchestrator.target.images.target import ImagesTarget
 from tests.unit.test_target import (
@@ -74,10 +74,8 @@ async def assert_given_back(target: ImagesTarget, *points: tuple[Snapshot, bytes
     listed = {one.id: one for one in await target.snapshots()}
     out = target.path.parent / "out.raw"
     for point, data in points:
-        expected = await target.extract(listed[point.id], "vda", to=out, image_format="raw")
+        await target.extract(listed[point.id], "vda", to=out, image_format="raw")
         assert out.read_bytes() == data, point.id
-        expected.update(data)
-        assert expected.problem() == ""
         out.unlink()
 
 
@@ -93,6 +91,7 @@ async def test_what_it_was_built_on_can_go_and_what_builds_on_it_stays(
         merged.disk("vda"),
         parent=None,
         sha256=hashlib.sha256(data).hexdigest(),
+        sha256_of=HashOf.CONTENT,
         stored_bytes=image.stat().st_blocks * 512,
     )
     assert after[MERGED] == replace(merged, kind="full", disks=(one,))
@@ -341,10 +340,8 @@ async def test_restores_beside_it_are_not_harmed(
         out, other = root.parent / "out", ImagesTarget("main", root)
         pauses_seconds = itertools.cycle([0.05, 0.4, 0.1])  # moments in which nobody reads it
         for (point, data), pause_seconds in zip(itertools.cycle(points[MERGED:]), pauses_seconds, strict=False):
-            expected = await other.extract(point, "vda", to=out, image_format="raw")
+            await other.extract(point, "vda", to=out, image_format="raw")
             assert await asyncio.to_thread(out.read_bytes) == data
-            expected.update(data)
-            assert expected.problem() == ""
             counts["after" if done.is_set() else "before"] += 1
             if counts["after"] == 4:
                 return
@@ -657,12 +654,10 @@ async def all_given_back(target: ImagesTarget, *points: Snapshot) -> None:
 
     async def given_back(id_: str, name: str, hours: int) -> None:
         out = target.path / f"{hours}-{name}.raw"
-        expected = await target.extract(listed[id_], name, to=out, image_format="raw")
+        await target.extract(listed[id_], name, to=out, image_format="raw")
         data = out.read_bytes()
         out.unlink()
         assert data == changed(name, hours)
-        expected.update(data)
-        assert expected.problem() == ""
 
     await asyncio.gather(
         *(given_back(point.id, name, hours) for hours, point in enumerate(points, 1) for name in CONTENTS)

@@ -1,15 +1,14 @@
 """What a disk's content is read from: its snapshot's image, and those that this one builds on.
 
-None of them carries checksums of its own. The one that stands alone is known by the hash of its content, those
-that build on it by the hashes of their files: so all are checked with one pass over each, and the backing file's
-name in a header is checked with the rest of the file. A reader holds every folder of the chain, and reads its
-manifest only once it has it: nobody removes or changes the images meanwhile.
+None of them carries checksums of its own. Each is known by the hash of its file, so the backing file's name in a
+header is checked with the rest; one that was merged is known by the hash of its content, which is the same before
+and after its file is exchanged. All are checked with one pass over each. A reader holds every folder of the chain,
+and reads its manifest only once it has it: nobody removes or changes the images meanwhile.
 """
 
 import asyncio
 import contextlib
 import fcntl
-import hashlib
 import os
 import random
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
@@ -20,7 +19,8 @@ from typing import Any
 from orchestrator import aio
 from orchestrator.errors import TargetError, ToolError
 from orchestrator.qemu import reading, tools
-from orchestrator.target.base import Content, Snapshot, SnapshotDisk, Verification, gone
+from orchestrator.target import restored
+from orchestrator.target.base import HashOf, Snapshot, SnapshotDisk, Verification, gone
 from orchestrator.target.images import locks, manifest, qcow2
 from orchestrator.target.images.errors import explained
 
@@ -34,21 +34,6 @@ class Link:
     snapshot: str
     image: Path
     disk: SnapshotDisk
-
-
-class HashedContent(Content):
-    """What a disk must hold, by the SHA-256 of it all, in hex."""
-
-    def __init__(self, sha256: str) -> None:
-        self.sha256 = sha256
-        self._digest = hashlib.sha256()
-
-    def update(self, data: bytes | memoryview) -> None:
-        self._digest.update(data)
-
-    def problem(self) -> str:
-        digest = self._digest.hexdigest()
-        return "" if digest == self.sha256 else f"SHA-256 {digest} instead of {self.sha256}"
 
 
 class Held:
@@ -141,22 +126,23 @@ async def held(vm_folder: Path, snapshot: str, disks: Iterable[str], *, target: 
         await found.let_go()
 
 
-async def read(links: Sequence[Link], work: Coroutine[Any, Any, None]) -> str:
-    """Await what reads the content, check what it is read from, and return the content's SHA-256 in hex.
+async def read(links: Sequence[Link], work: Coroutine[Any, Any, None]) -> None:
+    """Await what reads the content, and check what it is read from.
 
-    An image that stands alone is not checked by itself: its hash is known, and what was read is held against it.
     Raises what `work` does, and as `check` does; that comes first, since it is the reason of the other.
     """
-    if len(links) == 1:
-        await work
-        return str(links[0].disk.sha256)
-    failure, digest, _ = await aio.all_or_first_error(
-        (_failure(work), _content(links[0]), check(links)),
-    )
-    for outcome in (failure, digest):
-        if isinstance(outcome, ToolError):
-            raise outcome
-    return str(digest)
+    failure, _ = await aio.all_or_first_error((_failure(work), check(links)))
+    if failure is not None:
+        raise failure
+
+
+async def restore(links: Sequence[Link], to: Path, image_format: str) -> None:
+    """Write the content to a file or block device, and see that it is right. TargetError as `Target.extract`."""
+    newest, device = links[0], await asyncio.to_thread(to.is_block_device)
+    await read(links, tools.convert(newest.image, "qcow2", to, image_format, into_existing=device))
+    name = f"disk {newest.disk.disk} of {newest.snapshot}"
+    size_bytes = newest.disk.size_bytes
+    await restored.check(to, image_format, newest.image, "qcow2", name=name, size_bytes=size_bytes)
 
 
 async def verify(links: Sequence[Link], *, share: float) -> Verification:
@@ -165,7 +151,7 @@ async def verify(links: Sequence[Link], *, share: float) -> Verification:
     problems = []
     for link in chosen:
         try:
-            await (_check_base(link) if link.disk.parent is None else _check_increments([link]))
+            await _check(link)
         except TargetError as error:
             problems.append(error.message)
     checked_bytes, total_bytes = (sum(link.disk.stored_bytes for link in some) for some in (chosen, links))
@@ -174,8 +160,8 @@ async def verify(links: Sequence[Link], *, share: float) -> Verification:
 
 async def check(links: Sequence[Link]) -> None:
     """Raise TargetError "content-wrong" that names an image of the chain that is not as it was made."""
-    *increments, base = links
-    await aio.all_or_first_error((_check_base(base), _check_increments(increments)))
+    for link in links:
+        await _check(link)
 
 
 async def _failure(work: Coroutine[Any, Any, None]) -> ToolError | None:
@@ -186,31 +172,35 @@ async def _failure(work: Coroutine[Any, Any, None]) -> ToolError | None:
     return None
 
 
-async def _content(link: Link) -> str | ToolError:
+async def _check(link: Link) -> None:
+    match link.disk.sha256_of:
+        case HashOf.FILE:
+            await _check_file(link)
+        case HashOf.CONTENT:
+            await _check_content(link)
+
+
+async def _check_file(link: Link) -> None:
     try:
-        return await tools.sha256(link.image, "qcow2")
-    except ToolError as error:
-        return error
-
-
-async def _check_base(link: Link) -> None:
-    digest = await _content(link)
-    if isinstance(digest, ToolError):
-        if digest.code != ToolError.code:
-            raise digest
-        raise _damaged(link, digest.message) from digest
+        digest = await reading.file_sha256(link.image)
+        backing = await asyncio.to_thread(qcow2.backing_name, link.image)
+    except OSError as error:
+        raise _damaged(link, f"it cannot be read: {error.strerror}") from error
     _compare(link, digest)
+    wanted = manifest.backing_name(link.disk.disk, link.disk.parent) if link.disk.parent else ""
+    if backing != wanted:
+        parent = link.disk.parent or "nothing"
+        raise _damaged(link, f"it builds on {backing or 'nothing'}, and its manifest says {parent}")
 
 
-async def _check_increments(links: Sequence[Link]) -> None:
-    for link in links:
-        try:
-            _compare(link, await reading.file_sha256(link.image))
-            backing = await asyncio.to_thread(qcow2.backing_name, link.image)
-        except OSError as error:
-            raise _damaged(link, f"it cannot be read: {error.strerror}") from error
-        if backing != manifest.backing_name(link.disk.disk, str(link.disk.parent)):
-            raise _damaged(link, f"it builds on {backing or 'nothing'}, and its manifest says {link.disk.parent}")
+async def _check_content(link: Link) -> None:
+    try:
+        digest = await tools.sha256(link.image, "qcow2")
+    except ToolError as error:
+        if error.code != ToolError.code:
+            raise
+        raise _damaged(link, error.message) from error
+    _compare(link, digest)
 
 
 def _compare(link: Link, digest: str) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import TargetError
-from orchestrator.target.base import Snapshot, SnapshotDisk
+from orchestrator.target.base import HashOf, Snapshot, SnapshotDisk
 
 NAME = "manifest.json"
-VERSION = 1
+VERSION = 2
+_READS = (1, 2)
+"""The first hashed the content of disks that stand alone."""
 
 
 def encode(snapshot: Snapshot) -> bytes:
@@ -31,6 +33,7 @@ def encode(snapshot: Snapshot) -> bytes:
                 "size_bytes": disk.size_bytes,
                 "stored_bytes": disk.stored_bytes,
                 "sha256": disk.sha256,
+                "sha256_of": disk.sha256_of,
                 "parent": disk.parent,
             }
             for disk in snapshot.disks
@@ -54,9 +57,9 @@ def read(path: Path, *, target: str) -> Snapshot:
     """
     try:
         document: Any = json.loads(path.read_bytes())
-        if document["version"] != VERSION:
+        if document["version"] not in _READS:
             raise TargetError(
-                f"{path} is of version {document['version']}; this vmfleece reads {VERSION}",
+                f"{path} is of version {document['version']}; this vmfleece reads 1 and 2",
                 hint="use the vmfleece that wrote it, or a newer one",
                 code="manifest-version",
             )
@@ -75,7 +78,12 @@ def read(path: Path, *, target: str) -> Snapshot:
             kind=document["kind"],
             disks=tuple(
                 SnapshotDisk(
-                    disk["disk"], disk["size_bytes"], disk["sha256"], disk["stored_bytes"], disk.get("parent")
+                    disk["disk"],
+                    disk["size_bytes"],
+                    disk["sha256"],
+                    disk["stored_bytes"],
+                    disk.get("parent"),
+                    _hash_of(disk),
                 )
                 for disk in document["disks"]
             ),
@@ -87,6 +95,12 @@ def read(path: Path, *, target: str) -> Snapshot:
             hint="restore another snapshot; this one's qcow2 files can still be read with qemu-img",
             code="manifest-unreadable",
         ) from error
+
+
+def _hash_of(disk: dict[str, Any]) -> HashOf:
+    if "sha256_of" in disk:
+        return HashOf(disk["sha256_of"])
+    return HashOf.FILE if disk.get("parent") else HashOf.CONTENT
 
 
 def disk_file(disk: str) -> str:

@@ -34,7 +34,7 @@ from orchestrator import aio
 from orchestrator.errors import TargetError, ToolError
 from orchestrator.qemu import tools
 from orchestrator.target import durable
-from orchestrator.target.base import OnBytes, Snapshot, SnapshotDisk
+from orchestrator.target.base import HashOf, OnBytes, Snapshot, SnapshotDisk
 from orchestrator.target.images import chain, locks, manifest, qcow2
 from orchestrator.target.images.errors import unwritten
 from orchestrator.units import format_size
@@ -155,14 +155,15 @@ async def _write(links: Sequence[chain.Link], far: _Far, target: str) -> Snapsho
     try:
         compressed = any([await asyncio.to_thread(qcow2.is_zstd, link.image) for link in links])
         try:
-            content = await chain.read(links, tools.flatten(newest.image, descriptor, compress=compressed))
-            written = await far.digest(path)
+            await chain.read(links, tools.flatten(newest.image, descriptor, compress=compressed))
+            size_bytes = newest.disk.size_bytes
+            wrong = await tools.difference(path, "qcow2", newest.image, "qcow2", size_bytes=size_bytes)
+            content = await far.digest(path)
         except ToolError as error:
             raise unwritten(error, descriptor, target=target) from error
-        if written != content:
+        if wrong:
             raise TargetError(
-                f"disk {newest.disk.disk} of {newest.snapshot} was merged wrong:"
-                f" SHA-256 {written} instead of {content}",
+                f"disk {newest.disk.disk} of {newest.snapshot} was merged wrong: {wrong}",
                 hint="nothing was changed; check the target's disks",
                 code="content-wrong",
             )
@@ -171,7 +172,8 @@ async def _write(links: Sequence[chain.Link], far: _Far, target: str) -> Snapsho
         stored_bytes = os.fstat(descriptor).st_blocks * 512
     finally:
         os.close(descriptor)
-    return replace(newest.disk, sha256=content, stored_bytes=stored_bytes, parent=None)
+    # Its content's hash is right before and after the file is exchanged, which the manifest's rename precedes.
+    return replace(newest.disk, sha256=content, stored_bytes=stored_bytes, parent=None, sha256_of=HashOf.CONTENT)
 
 
 def _publish(held: chain.Held, disks: Sequence[SnapshotDisk], made: list[Path]) -> None:

@@ -133,12 +133,9 @@ class ImagesTarget(Target):
                     log.warning("snapshot.unreadable", target=self.name, error=str(error))
         return found
 
-    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> chain.HashedContent:
-        into_existing = await asyncio.to_thread(to.is_block_device)
+    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> None:
         async with self._held(snapshot, [disk]) as held:
-            links = held.links[disk]
-            writing = tools.convert(links[0].image, "qcow2", to, image_format, into_existing=into_existing)
-            return chain.HashedContent(await chain.read(links, writing))
+            await chain.restore(held.links[disk], to, image_format)
 
     @contextlib.asynccontextmanager
     async def exported(
@@ -303,20 +300,18 @@ class ImagesDraft(Draft):
         """Nothing: a file answers by itself."""
 
     async def seal(self, disk: Disk) -> SnapshotDisk:
-        descriptor = self._images.pop(disk.id)
+        path, descriptor = self._path(disk.id), self._images.pop(disk.id)
         try:
-            with explained(self._target, self._path(disk.id)):
+            with explained(self._target, path):
                 # Finished in any case: the descriptor must not be closed, and used for another file, meanwhile.
-                await aio.finish(asyncio.to_thread(os.fsync, descriptor))
+                making_durable = aio.finish(asyncio.to_thread(os.fsync, descriptor))
+                digest, _ = await aio.all_or_first_error((reading.file_sha256(path), making_durable))
                 stored_bytes = os.fstat(descriptor).st_blocks * 512
         finally:
             os.close(descriptor)
-        path, parent = self._path(disk.id), self._parents[disk.id]
+        parent = self._parents[disk.id]
         if parent is None:
-            digest = await tools.sha256(path, "qcow2")
-        else:  # its content is the whole chain's: reading that would take as long as a full backup
-            with explained(self._target, path):
-                digest = await reading.file_sha256(path)
+            await tools.check(path)
         self._sealed[disk.id] = SnapshotDisk(disk.id, disk.size_bytes, digest, stored_bytes, parent)
         return self._sealed[disk.id]
 

@@ -6,13 +6,10 @@ is checked; what is damaged is an I/O error for an NBD client, and its cause is 
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import random
 import tempfile
-from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import structlog
@@ -24,7 +21,8 @@ from orchestrator.nbd.export import BlockSizes, Data, Export
 from orchestrator.nbd.protocol import Allocation, Piece
 from orchestrator.nbd.server import NbdServer
 from orchestrator.qemu import serving, tools
-from orchestrator.target.base import Content, Verification
+from orchestrator.target import restored
+from orchestrator.target.base import Verification
 from orchestrator.target.repository import raw_file
 from orchestrator.target.repository.chunks import Chunks, Extent, Layout, chunks_of, wrong_length
 from orchestrator.target.restic.errors import Damaged
@@ -35,7 +33,6 @@ from orchestrator.units import MIB
 log = structlog.get_logger(__name__)
 
 SOCKET = "nbd.sock"
-HASHING_THREADS = 2
 MOST_PROBLEMS = 100
 """Of a verification are told one by one."""
 _HOLE = Allocation.HOLE | Allocation.ZERO
@@ -81,86 +78,33 @@ class DiskExport(Export):
         ]
 
 
-class ChunkedContent(Content):
-    """What a disk must hold, by the hashes of its chunks, which threads compute side by side."""
-
-    sha256 = None
-
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-        self._chunk = bytearray()
-        self._fed_bytes = 0
-        self._hashed: list[bytes] = []
-        self._hashing: deque[Future[bytes]] = deque()
-        self._threads = ThreadPoolExecutor(HASHING_THREADS)
-
-    def update(self, data: bytes | memoryview) -> None:
-        starts, view = self._layout.starts, memoryview(data)
-        while view:
-            number = len(self._hashed) + len(self._hashing)
-            if number + 1 == len(starts):
-                self._fed_bytes += len(view)
-                return
-            piece = view[: starts[number + 1] - self._fed_bytes]
-            self._chunk += piece
-            self._fed_bytes += len(piece)
-            view = view[len(piece) :]
-            if self._fed_bytes == starts[number + 1]:
-                self._hashing.append(self._threads.submit(_sha256, self._chunk))
-                self._chunk = bytearray()
-                self._wait(at_most=HASHING_THREADS)
-
-    def _wait(self, *, at_most: int) -> None:
-        while len(self._hashing) > at_most:
-            self._hashed.append(self._hashing.popleft().result())
-
-    def problem(self) -> str:
-        self._wait(at_most=0)
-        self._threads.shutdown()
-        layout = self._layout
-        pairs = enumerate(zip(self._hashed, layout.chunks, strict=False))
-        wrong = [number for number, (found, wanted) in pairs if found != wanted]
-        if wrong:
-            where = f"the first one is from {layout.starts[wrong[0]]} to {layout.starts[wrong[0] + 1]}"
-            return f"{len(wrong)} of {len(layout.chunks)} chunks are not what they must be; {where}"
-        if self._fed_bytes != layout.size_bytes:
-            return f"it has {self._fed_bytes} bytes instead of {layout.size_bytes}"
-        return ""
-
-
-def _sha256(chunk: bytearray) -> bytes:
-    return hashlib.sha256(chunk).digest()
-
-
-async def extract(
-    repository: Repository, content: FileContent, *, name: str, to: Path, image_format: str
-) -> Content | None:
-    """Write a file's content to the file or block device at `to`; return what must be there, as `Target.extract`.
+async def extract(repository: Repository, content: FileContent, *, name: str, to: Path, image_format: str) -> None:
+    """Write a file's content to the file or block device at `to`, and see that it is right.
 
     `name` says for people what it is. TargetError's code is "content-wrong" if some of it is damaged. Raises
     BackendError, and ToolError if it cannot be written. After an error or cancellation, part of it may be there.
     """
-    into_existing = await asyncio.to_thread(to.is_block_device)
-    if image_format == "raw" and not into_existing:
+    device = await asyncio.to_thread(to.is_block_device)
+    if image_format == "raw" and not device:
         layout = await _layout(repository, content, name)
         try:
             await raw_file.write(repository, layout, to)
         except Damaged as error:
             raise _explained(name, error) from error
-        return None
+        return
     troubles: list[Trouble] = []
     with tempfile.TemporaryDirectory(prefix="vmfleece-") as folder:
         path = Path(folder) / SOCKET
-        async with _served(repository, {name: content}, path, troubles.append) as layouts:
+        async with _served(repository, {name: content}, path, troubles.append):
             try:
                 uri = serving.uri(path, name)
-                await tools.convert(uri, "raw", to, image_format, into_existing=into_existing)
+                await tools.convert(uri, "raw", to, image_format, into_existing=device)
+                await restored.check(to, image_format, uri, "raw", name=name, size_bytes=content.size_bytes)
             except ToolError as error:
                 causes = [trouble.error for trouble in troubles if isinstance(trouble.error, TargetError)]
                 if not causes:
                     raise
                 raise _explained(name, causes[0]) from error
-    return ChunkedContent(layouts[name])
 
 
 @contextlib.asynccontextmanager
@@ -194,13 +138,13 @@ async def verify(repository: Repository, contents: Mapping[str, FileContent], *,
 @contextlib.asynccontextmanager
 async def _served(
     repository: Repository, contents: Mapping[str, FileContent], path: Path, report: Report
-) -> AsyncIterator[Mapping[str, Layout]]:
+) -> AsyncIterator[None]:
     """Serve files by their names on a new socket. TargetError "content-wrong" if one's layout is not known."""
     layouts = {name: await _layout(repository, content, name) for name, content in contents.items()}
     async with chunks_of(repository) as chunks:
         exports = {name: DiskExport(chunks, layout) for name, layout in layouts.items()}
         async with NbdServer(exports, report=report).at(path):
-            yield layouts
+            yield
 
 
 async def _layout(repository: Repository, content: FileContent, name: str) -> Layout:

@@ -19,7 +19,6 @@ from orchestrator import aio
 from orchestrator.errors import TargetError
 from orchestrator.target import extra_files
 from orchestrator.target.base import (
-    Content,
     OnBytes,
     Snapshot,
     SnapshotDisk,
@@ -164,9 +163,9 @@ class RepositoryTarget(Target):
                     return _of_restic(made, files, target=self.name)
         return None
 
-    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> Content | None:
+    async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> None:
         async with self._contents(snapshot, [disk]) as (repository, found):
-            return await contents.extract(
+            await contents.extract(
                 repository, found[disk], name=f"disk {disk} of {snapshot.id}", to=to, image_format=image_format
             )
 
