@@ -30,7 +30,7 @@ from orchestrator.state.catalogue import Catalogue
 from orchestrator.units import KIB, MIB, format_size
 from tests.guest.process import QemuProcess
 
-COUNTS = (10, 100)
+COUNTS = (10, 100, 1000)
 REAL = 20
 REAL_FROM = 100
 NIGHTS = 14
@@ -38,7 +38,7 @@ IDLE_SECONDS = 10.0
 EVENTS_PER_SECOND = 1000
 LOAD_SECONDS = 10.0
 ASKED = 20
-DEADLINE_SECONDS = 20.0
+DEADLINE_SECONDS = 240.0
 DOCUMENTS = ("/api/v1/status", "/api/v1/protection", "/api/v1/runs?limit=50", "/metrics")
 
 CONFIG = """
