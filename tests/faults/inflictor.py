@@ -70,6 +70,8 @@ class Inflictor:
                 await asyncio.to_thread(disk.repair)
             case Kind.TARGET_HANGS:
                 await self._while_hanging(daemon, moment)
+            case Kind.TARGET_SLOW:
+                await self._while_slow(daemon, moment)
             case Kind.IMAGE_ERRORS:
                 machine.proxy.rewrite = images_return_errors
                 try:
@@ -185,6 +187,16 @@ class Inflictor:
         with contextlib.ExitStack() as stack:
             await self._at(daemon, machine, moment, lambda: stack.enter_context(self._bed.disk.hanging()))
             await self._witness.neighbours_go_on(daemon, machine)
+
+    async def _while_slow(self, daemon: Daemon, moment: Moment) -> None:
+        """The run under way takes longer, and is as good as any."""
+        machine = self._bed.machines[0]
+        with contextlib.ExitStack() as stack:
+            await self._at(daemon, machine, moment, lambda: stack.enter_context(self._bed.disk.slow()))
+            async with asyncio.TaskGroup() as group:
+                run = daemon.of("run.started", vm=machine.name)[-1]
+                group.create_task(self._witness.succeeded(daemon, machine, run))
+                group.create_task(self._witness.neighbours_go_on(daemon, machine))
 
 
 def images_return_errors(command: dict[str, object]) -> dict[str, object]:

@@ -1,6 +1,7 @@
-"""File systems that can be made to fail: one that fills up, and one on a disk that returns errors or hangs.
+"""File systems that can be made to fail: one that fills up, one on a disk that returns errors, hangs or is slow.
 
-The disk is nbdkit's with its filters `error` and `pause`, made a file by nbdfuse and a block device by the kernel.
+The disk is nbdkit's with its filters `error`, `pause`, `rate` and `delay`, made a file by nbdfuse and a block
+device by the kernel. The last one cannot be told anything while it serves: each request takes a while at any time.
 """
 
 import contextlib
@@ -15,6 +16,9 @@ from typing import Self
 
 MIB = 1 << 20
 READY_SECONDS = 10.0
+DELAY = "1ms"
+SLOW, UNLIMITED = "16M", "0"
+"""Bits per second: what is copied takes seconds then."""
 
 
 @contextlib.contextmanager
@@ -65,9 +69,12 @@ class FaultyDisk:
             opened.truncate(self._size_mib * MIB)
         file.touch()
         _run(_program("mkfs.ext4"), "-q", "-m", "0", str(disk))
-        filters = ("--filter=pause", "--filter=error", "file", str(disk), f"pause-control={self._pause}")
-        errors = ("error=EIO", "error-rate=100%", f"error-file={self._errors}")
-        self._start("nbdkit", "--foreground", "--unix", str(server), *filters, *errors, ready=server)
+        filters = [f"--filter={name}" for name in ("pause", "error", "rate", "delay")]
+        told = [f"pause-control={self._pause}", "error=EIO", "error-rate=100%", f"error-file={self._errors}"]
+        told += [f"rate-file={self._rate}", f"rdelay={DELAY}", f"wdelay={DELAY}"]
+        self._start(
+            "nbdkit", "--foreground", "--unix", str(server), *filters, "file", str(disk), *told, ready=server
+        )
         pid = self._folder / "pid"
         self._start("nbdfuse", "--pidfile", str(pid), str(file), f"nbd+unix:///?socket={server}", ready=pid)
         self._mount()
@@ -102,6 +109,15 @@ class FaultyDisk:
         finally:
             self._tell(b"r")
 
+    @contextlib.contextmanager
+    def slow(self) -> Iterator[None]:
+        """All requests together get few bytes a second for the block."""
+        self._rate.write_text(SLOW)
+        try:
+            yield
+        finally:
+            self._rate.write_text(UNLIMITED)
+
     def repair(self) -> None:
         """Check the file system and mount it anew, as an operator does. Nobody may use it."""
         _unmount(self.path)
@@ -115,6 +131,10 @@ class FaultyDisk:
     @property
     def _errors(self) -> Path:
         return self._folder / "errors"
+
+    @property
+    def _rate(self) -> Path:
+        return self._folder / "rate"
 
     def _mount(self) -> None:
         _run("mount", "-o", "loop", "-t", "ext4", str(self._folder / "file"), str(self.path))

@@ -20,6 +20,7 @@ class Kind(StrEnum):
     TARGET_FULL = "target's file system full"
     TARGET_ERRORS = "target's disk returns errors"
     TARGET_HANGS = "target's disk hangs"
+    TARGET_SLOW = "target's disk is slow"
     IMAGE_ERRORS = "fleecing image returns errors"
     STATE = "daemon killed, journal damaged"
 

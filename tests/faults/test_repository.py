@@ -12,6 +12,7 @@ FAULTS = [
     Fault(Kind.DAEMON, Moment(When.PHASE, phase=Phase.COMMITTING), at_once=True),
     Fault(Kind.IMAGE_ERRORS, COPYING),
     Fault(Kind.STOP, COPYING, 1),
+    Fault(Kind.TARGET_SLOW, COPYING),
     Fault(Kind.TARGET_FULL, Moment(When.PHASE, phase=Phase.PREPARING)),
     Fault(Kind.QEMU, Moment(When.RUN, fraction=0.6), 1),
 ]
