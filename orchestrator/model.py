@@ -68,7 +68,10 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Vm:
-    """A guest as configured. `extra_files` are stored with each snapshot."""
+    """A guest as configured. `extra_files` are stored with each snapshot.
+
+    `latency_budget_seconds`: what its writes may take while it is backed up, on average; None: whatever they do.
+    """
 
     name: str
     qmp: Path
@@ -76,6 +79,7 @@ class Vm:
     exclude_disks: tuple[str, ...] = ()
     extra_files: tuple[Path, ...] = ()
     agent: Path | None = None
+    latency_budget_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +197,7 @@ class RunResult:
     """A finished run. `reason` says why it was full, `warnings` what the operator should know.
 
     `stored_bytes` is what its snapshot occupies on the target. `guest_writes` None: no snapshot was tried.
+    `slowed_seconds` is how long its copies were slowed for the guest; None: the VM has no latency budget.
     """
 
     vm: str
@@ -209,6 +214,7 @@ class RunResult:
     error: ErrorReport | None = None
     stored_bytes: int | None = None
     guest_writes: GuestWrites | None = None
+    slowed_seconds: float | None = None
 
     @property
     def retryable(self) -> bool:
@@ -270,6 +276,7 @@ class Progress:
     """How far a run is; `waits_for` says why while it is queued.
 
     `recent_write_ms`: what the guest's writes took on average in each of the last seconds; None: there was none.
+    `slowed_to_bytes_per_second`: what it copies at most, since they take too long; None: it is not slowed.
     """
 
     vm: str
@@ -279,6 +286,7 @@ class Progress:
     waits_for: str = ""
     guest_writes: GuestWrites | None = None
     recent_write_ms: tuple[float | None, ...] = ()
+    slowed_to_bytes_per_second: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

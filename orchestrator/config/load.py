@@ -168,6 +168,7 @@ def _config(path: Path, draft: Draft, settings: tuple[Setting, ...]) -> Config:
                 tuple(table.exclude_disks),
                 tuple(table.extra_files),
                 table.agent,
+                table.latency_budget,
             )
             for name, table in draft.vm.items()
         },

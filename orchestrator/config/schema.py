@@ -17,6 +17,7 @@ from orchestrator.config.values import (
     CbwTimeout,
     Duration,
     HostName,
+    LatencyBudget,
     Listen,
     MaxRuns,
     Name,
@@ -178,6 +179,12 @@ class VmTable(Table):
     )
     priority: Annotated[int, Field(ge=0, le=100)] = _key(
         50, description="Who comes first where runs wait: higher first.", example=50
+    )
+    latency_budget: LatencyBudget | None = _key(
+        None,
+        description="What the guest's writes may take on average while it is backed up: while they take longer, "
+        "it is copied slower. Never slowed if absent.",
+        example="20ms",
     )
     exclude_disks: Patterns = _key(
         [],

@@ -30,6 +30,8 @@ from orchestrator.units import (
 SMALLEST_QUOTA_BYTES = 2 * MIB
 
 _LONGEST_CBW_TIMEOUT_SECONDS = 45
+_SHORTEST_BUDGET_SECONDS = 0.0001
+_LONGEST_BUDGET_SECONDS = 10.0
 _LONGEST_SOCKET_BYTES = 107  # sun_path of unix(7), without the closing zero
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _LISTEN = re.compile(r"(?:(?P<v4>[0-9.]+)|\[(?P<v6>[0-9A-Fa-f:.]+)\]):(?P<port>[0-9]{1,5})")
@@ -93,6 +95,13 @@ def _parse_cbw_timeout(given: str | float) -> int:
     return int(seconds)
 
 
+def _parse_latency_budget(given: str | float) -> float:
+    seconds = parse_duration(given)
+    if not _SHORTEST_BUDGET_SECONDS <= seconds <= _LONGEST_BUDGET_SECONDS:
+        raise ValueError(f"{given!r} is no budget for a write; allowed: from 100us to 10s, such as '20ms'")
+    return seconds
+
+
 def _read_address(given: Any) -> Address:
     allowed = "allowed: an address and a port, such as '127.0.0.1:9321' or '[::1]:9321'"
     if isinstance(given, str) and (found := _LISTEN.fullmatch(given)) and 0 < int(found["port"]) < 1 << 16:
@@ -151,6 +160,7 @@ Quota = Annotated[int, AfterValidator(_check_quota), BeforeValidator(parse_size)
 ShareOrSize = Annotated[Share | int, BeforeValidator(parse_share_or_size), _text_or_number("integer")]
 Rate = Annotated[int, BeforeValidator(parse_rate), _text_or_number("integer")]
 Duration = Annotated[float, BeforeValidator(parse_duration), _text_or_number("number")]
+LatencyBudget = Annotated[float, BeforeValidator(_parse_latency_budget), _text_or_number("number")]
 CbwTimeout = Annotated[int, BeforeValidator(_parse_cbw_timeout), _text_or_number("number")]
 Calendar = Annotated[str, AfterValidator(_check_calendar)]
 Patterns = list[Annotated[str, Field(min_length=1)]]

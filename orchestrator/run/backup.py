@@ -10,7 +10,6 @@ acts, and all undos run at the end, whatever happened; a disk that is done gives
 import asyncio
 import contextlib
 import secrets
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -25,7 +24,7 @@ from orchestrator.admission import estimate
 from orchestrator.admission.controller import Controller
 from orchestrator.admission.lease import Lease, QuotaLowered, Waiting
 from orchestrator.admission.ledger.base import Grant
-from orchestrator.errors import NobodyThere, StorageError, VmfleeceError
+from orchestrator.errors import NobodyThere, VmfleeceError
 from orchestrator.fleecing import bitmaps, coverage, graph, image, rotation, sink
 from orchestrator.fleecing.bitmaps import Settlement
 from orchestrator.fleecing.grant import GrantKeeper
@@ -44,11 +43,12 @@ from orchestrator.model import (
 )
 from orchestrator.qemu import capabilities, commands, jobs, qmp, tools
 from orchestrator.qemu.monitor import Connect, Monitor
-from orchestrator.run import copy, particulars, quiesce, survey, vigil
+from orchestrator.run import copy, diagnosis, particulars, quiesce, survey, vigil
 from orchestrator.run.copying import Copies, Copying, by_windows
 from orchestrator.run.outcome import WAS_CANCELLED, DiskRun, Facts, log_result
 from orchestrator.run.plan import Past, Plan
-from orchestrator.run.sampling import Sampler
+from orchestrator.run.sampling import Heed, Sampler
+from orchestrator.run.slowing import Slowing
 from orchestrator.run.survey import Storages
 from orchestrator.state.journal import Journal
 from orchestrator.target.base import Draft, ParentUnusable, Target
@@ -295,7 +295,7 @@ class _Run:
         with contextlib.ExitStack() as watching:
             copying = [copies.of(disk, watching, partial(self._copied, disk, lease)) for disk in self._facts.disks]
             # Old data comes before the jobs run.
-            async with aio.background(keeper.serve(), keeper.ask_again(), self._sampler.serve()):
+            async with aio.background(keeper.serve(), keeper.ask_again(), self._sampler.serve(self._heed(copies))):
                 await copies.start_whole()
                 finishing = aio.all_or_first_error(
                     self._finish(gear, disk, one) for disk, one in zip(self._facts.disks, copying, strict=True)
@@ -307,6 +307,10 @@ class _Run:
         self._enter(Phase.COMMITTING)
         self._facts.snapshot = await draft.commit(self._facts.details(self._run, self._options), self._facts.files)
         log.info("snapshot.committed", snapshot=draft.snapshot_id, target=self._options.target)
+
+    def _heed(self, copies: Copies) -> Heed | None:
+        budget_seconds = self._vm.latency_budget_seconds
+        return Slowing(copies, self._facts, budget_seconds=budget_seconds).heed if budget_seconds else None
 
     async def _check_vm(self, monitor: Monitor) -> None:
         """Make sure that nothing has happened to the VM that makes the copy wrong."""
@@ -403,7 +407,15 @@ class _Run:
             high_water_bytes = min(high_water_bytes, estimate.limit(disk.grant_bytes))
             disk.fleecing_peak_bytes = max(disk.fleecing_peak_bytes, high_water_bytes)
         if not ended.state.succeeded:
-            raise await self._diagnose(gear, disk, ended)
+            raise await diagnosis.why(
+                ended,
+                disk,
+                draft=gear.draft,
+                keeper=gear.keeper,
+                storages=self._means.storages,
+                can=self._capabilities,
+                cbw_timeout_seconds=self._options.cbw_timeout_seconds,
+            )
         if disk.file is not None:
             await gear.keeper.let_go(disk.plan.disk.id)
         async with gear.quiet.changing_graph():
@@ -428,34 +440,6 @@ class _Run:
             disk.fleecing_peak_bytes = max(disk.fleecing_peak_bytes, disk.file.used_bytes())
             disk.grant_bytes = lease.grants[disk.plan.disk.id].size_bytes
         self._report()
-
-    async def _diagnose(self, gear: _Gear, disk: DiskRun, ended: copy.Ended) -> VmfleeceError:
-        if ended.operation == "write" and (why := await gear.draft.why_unwritten(disk.plan.disk)) is not None:
-            return why
-        name = disk.plan.storage
-        free_bytes, refused, grant_bytes = sys.maxsize, False, 0
-        if name is not None:
-            fleeced = gear.keeper.of(disk.plan.disk.id)
-            refused = fleeced.refused
-            # It may have run full just before it was extended.
-            grants = [*fleeced.outgrown_bytes, fleeced.grant_bytes]
-            grant_bytes = min(grants, key=lambda grant: abs(estimate.limit(grant) - disk.fleecing_peak_bytes))
-            disk.grant_bytes = grant_bytes
-            with contextlib.suppress(StorageError):  # the reason of the failure is worth more
-                free_bytes = (await asyncio.to_thread(self._means.storages.by_name[name].space)).free_bytes
-        return copy.diagnose(
-            ended,
-            copy.Circumstances(
-                disk=disk.plan.disk.id,
-                storage=name,
-                high_water_bytes=disk.fleecing_peak_bytes,
-                grant_bytes=grant_bytes,
-                growth_refused=refused,
-                growable=self._capabilities.discard_source,
-                storage_free_bytes=free_bytes,
-                cbw_timeout_seconds=self._options.cbw_timeout_seconds,
-            ),
-        )
 
     async def _dismantle(self, monitor: Monitor) -> None:
         """The undo of everything in QEMU. A QEMU that is gone has nothing of ours any more."""

@@ -1,4 +1,4 @@
-"""Watching one disk's block job to its end, and saying why it failed.
+"""Watching one disk's block job to its end.
 
 Events wake us, query-jobs tells the truth: a lost connection or a silent QEMU does not fail a copy that goes on.
 """
@@ -12,26 +12,15 @@ from typing import Self
 
 import structlog
 
-from orchestrator.admission import estimate
-from orchestrator.errors import (
-    CommandTimeout,
-    ConnectionLost,
-    CopyError,
-    FleecingError,
-    TargetError,
-    VmfleeceError,
-)
+from orchestrator.errors import CommandTimeout, ConnectionLost, CopyError
 from orchestrator.qemu import commands, jobs
 from orchestrator.qemu.monitor import EventStream, Monitor
-from orchestrator.units import format_size
 
 log = structlog.get_logger(__name__)
 
 PROGRESS_SECONDS = 1.0
 RECONNECT_SECONDS = 60.0
 SILENCE_SECONDS = 300.0
-EXHAUSTED_MARGIN_BYTES = 2 << 20
-"""A write that does not fit fails as a whole, so a full image ends up to one copy (1 MiB) below its grant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,70 +118,3 @@ class Watch:
         for job in await self._monitor.execute(commands.QUERY_BLOCK_JOBS):
             if job["device"] == self._state.id and job["io-status"] == "nospace":
                 self._stopped = True
-
-
-@dataclass(frozen=True, slots=True)
-class Circumstances:
-    """What is known of a disk's old data when its job failed. Sizes in bytes; `storage` None: no fleecing."""
-
-    disk: str
-    storage: str | None
-    high_water_bytes: int
-    grant_bytes: int
-    growth_refused: bool
-    growable: bool
-    storage_free_bytes: int
-    cbw_timeout_seconds: int
-
-
-def diagnose(ended: Ended, at: Circumstances) -> VmfleeceError:
-    """Why a job failed, since QEMU's own "Permission denied" hides it. Pure."""
-    said = ended.state.error or "cancelled"
-    if ended.stopped:
-        return TargetError(f"disk {at.disk}: the target is full", hint="free some space there", code="target-full")
-    if ended.operation == "write":
-        return TargetError(
-            f"disk {at.disk}: writing to the target failed: {said}",
-            hint="check the target's file system",
-            code="target-write-failed",
-        )
-    if ended.operation != "read":
-        return CopyError(
-            f"disk {at.disk}: the copy ended before it was complete: {said}",
-            hint="the guest is unharmed; back it up again, and look into QEMU's own log if that happens again",
-        )
-    if at.storage is None:
-        return FleecingError(
-            f"disk {at.disk}: the snapshot broke: old data could not be written to the target within"
-            f" {at.cbw_timeout_seconds} s (cbw_timeout), or at all; QEMU says: {said}",
-            hint="back up with fleecing, so that the guest's writes do not wait for the target",
-            code="copy-timeout",
-        )
-    margin = min(EXHAUSTED_MARGIN_BYTES, at.grant_bytes // 4)
-    if at.high_water_bytes + margin >= estimate.limit(at.grant_bytes):
-        why = "it could not be extended in time"
-        if not at.growable:
-            why = "this QEMU (before 9.1) cannot extend it"
-        elif at.growth_refused:
-            why = "its storage has no more to give now"
-        return FleecingError(
-            f"disk {at.disk}: its fleecing image on storage {at.storage} was full:"
-            f" {format_size(at.high_water_bytes)} of {format_size(at.grant_bytes)} granted; {why}",
-            hint=f"the next run is granted more at first, if storage.{at.storage}.quota allows: raise it,"
-            " or back up when the guest writes less",
-            code="fleecing-full",
-        )
-    if at.storage_free_bytes < EXHAUSTED_MARGIN_BYTES:
-        return FleecingError(
-            f"disk {at.disk}: the file system of storage {at.storage} is full"
-            f" ({format_size(at.storage_free_bytes)} free)",
-            hint="others write there as well: raise its min_free, or lower its quota",
-            code="storage-full",
-        )
-    return FleecingError(
-        f"disk {at.disk}: the snapshot broke: copying old data to storage {at.storage} took longer than"
-        f" {at.cbw_timeout_seconds} s (cbw_timeout; more than 4 s can overflow to less in QEMU), or the"
-        f" storage or the disk itself has an I/O error; QEMU says: {said}",
-        hint="check the host's log for I/O errors on that storage and on the disk",
-        code="copy-timeout",
-    )

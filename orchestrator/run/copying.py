@@ -25,9 +25,9 @@ class Copying(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Copies:
-    """The copies of a run's `disks`."""
+    """The copies of a run's `disks`. All together they copy `limit_bytes_per_second`; 0: as fast as they can."""
 
     monitor: Monitor
     quiet: Quiet
@@ -35,6 +35,10 @@ class Copies:
     can: Capabilities
     disks: Sequence[DiskRun]
     pace: windows.Pace = field(default_factory=windows.Pace)
+    limit_bytes_per_second: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.limit_bytes_per_second = self.options.bwlimit_bytes_per_second
 
     def of(
         self, disk: DiskRun, watching: contextlib.ExitStack, on_progress: Callable[[jobs.JobState], None]
@@ -61,14 +65,24 @@ class Copies:
         if jobs:
             await self.monitor.execute(commands.start_backups(jobs))
 
+    async def limit_to(self, bytes_per_second: int) -> None:
+        """Have them copy so much at most from now on. Raises MonitorError."""
+        self.limit_bytes_per_second = bytes_per_second
+        await self._set_speeds()
+
     async def share_again(self) -> None:
-        """Give the bandwidth to those that are still copied; a job that ends at this moment refuses: fine."""
-        whole = [one for one in self.disks if one.copying and not one.by_windows]
-        if self.options.bwlimit_bytes_per_second and whole:
-            await self.monitor.pipeline([commands.set_speed(one.names.job, self._speed(one)) for one in whole])
+        """Give the bandwidth to those that are still copied. Raises MonitorError."""
+        if self.limit_bytes_per_second:
+            await self._set_speeds()
+
+    async def _set_speeds(self) -> None:
+        """Tell the jobs that there are; one that ends at this moment refuses, or is gone: fine."""
+        if going := [one for one in self.disks if one.copying and one.job]:
+            await self.monitor.pipeline([commands.set_speed(one.job, self._speed(one)) for one in going])
 
     def _job(self, disk: DiskRun, job: str, source: str, target: str) -> dict[str, Any]:
         assert disk.sink is not None  # noqa: S101  it was attached
+        disk.job = job
         return commands.backup_job(
             job,
             device=source,
@@ -92,7 +106,7 @@ class Copies:
 
         Disks that are copied by windows keep one pace, so the larger one gets more.
         """
-        limit = self.options.bwlimit_bytes_per_second
+        limit = self.limit_bytes_per_second
         left = [one for one in self.disks if one.copying]
         if any(one.by_windows for one in left):
             share = limit * disk.plan.disk.size_bytes // sum(one.plan.disk.size_bytes for one in left)

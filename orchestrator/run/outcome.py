@@ -35,7 +35,7 @@ WAS_CANCELLED = ErrorReport(CANCELLED, "the run was cancelled")
 
 @dataclass(slots=True)
 class DiskRun:
-    """One disk under way: `copying` until its copy has ended, `by_windows` or by one job.
+    """One disk under way: `copying` until its copy has ended, `by_windows` or by one job; `job` is the latest.
 
     `boundary`: which windows are copied, None as long as none was.
     """
@@ -49,6 +49,7 @@ class DiskRun:
     fleecing_peak_bytes: int = 0
     sink: Sink | None = None
     by_windows: bool = False
+    job: str = ""
     copying: bool = True
     boundary: Boundary | None = None
 
@@ -88,6 +89,8 @@ class Facts:
     particulars: Particulars = field(default_factory=Particulars)
     files: list[ExtraFile] = field(default_factory=list)
     impact: Impact = field(default_factory=Impact)
+    slowed_seconds: float | None = None
+    slowed_to_bytes_per_second: int | None = None
 
     @property
     def rounded_pause_ms(self) -> float | None:
@@ -123,7 +126,10 @@ class Facts:
             for disk in self.disks
         )
         return Progress(
-            vm, run, phase, disks, guest_writes=self.impact.writes(), recent_write_ms=self.impact.recent_ms
+            *(vm, run, phase, disks),
+            guest_writes=self.impact.writes(),
+            recent_write_ms=self.impact.recent_ms,
+            slowed_to_bytes_per_second=self.slowed_to_bytes_per_second if phase is Phase.COPYING else None,
         )
 
     def details(self, run: str, options: RunOptions) -> dict[str, object]:
@@ -191,6 +197,7 @@ class Facts:
             error=error,
             stored_bytes=self.snapshot.stored_bytes if self.snapshot else None,
             guest_writes=self.impact.writes(),
+            slowed_seconds=round(self.slowed_seconds, 3) if self.slowed_seconds is not None else None,
         )
 
 
@@ -216,6 +223,7 @@ def log_result(result: RunResult, *, job: str | None, target: str | None) -> Non
         duration_seconds=result.duration_seconds,
         pause_ms=result.pause_ms,
         guest_writes=asdict(result.guest_writes) if result.guest_writes else None,
+        slowed_seconds=result.slowed_seconds,
         stored_bytes=result.stored_bytes,
         disks=[asdict(disk) for disk in result.disks],
         warnings=list(result.warnings),

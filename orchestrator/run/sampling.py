@@ -5,7 +5,7 @@ QEMU has no event for it. Nothing of a run depends on an answer: what cannot be 
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from orchestrator.errors import MonitorError
 from orchestrator.model import Disk
@@ -14,6 +14,10 @@ from orchestrator.qemu.monitor import Monitor
 from orchestrator.run.impact import Impact, Reading
 
 SAMPLE_SECONDS = 1.0
+
+Heed = Callable[[float | None], Awaitable[None]]
+"""Is told what the guest's writes took on average since the last sample, None if there was none; may raise
+MonitorError."""
 
 
 class Sampler:
@@ -35,17 +39,19 @@ class Sampler:
         with contextlib.suppress(MonitorError):
             self._impact.begin(await self._read())
 
-    async def look(self) -> None:
-        """Take one sample."""
+    async def look(self, heed: Heed | None = None) -> None:
+        """Take one sample, and have it heeded."""
         with contextlib.suppress(MonitorError):
-            self._impact.take(await self._read())
-            self._on_sample()
+            write_ms = self._impact.take(await self._read()).mean_ms
+            if heed is not None:
+                await heed(write_ms)
+        self._on_sample()
 
-    async def serve(self) -> None:
+    async def serve(self, heed: Heed | None) -> None:
         """Take a sample each second. Runs until cancelled."""
         while True:
             await asyncio.sleep(SAMPLE_SECONDS)
-            await self.look()
+            await self.look(heed)
 
     async def _read(self) -> Reading:
         return writes.counters(await self._monitor.execute(commands.QUERY_DEVICE_STATS))

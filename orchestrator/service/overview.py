@@ -164,4 +164,5 @@ def _run_status(live: Live) -> RunStatus:
         disks=disks,
         guest_writes=progress.guest_writes if progress else None,
         recent_write_ms=progress.recent_write_ms if progress else (),
+        slowed_to_bytes_per_second=progress.slowed_to_bytes_per_second if progress else None,
     )

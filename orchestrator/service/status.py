@@ -38,6 +38,7 @@ class RunStatus:
     """One run under way; the sizes are over all its disks.
 
     `recent_write_ms`: what the guest's writes took on average in each of the last seconds; None: there was none.
+    `slowed_to_bytes_per_second`: what it copies at most, since they take too long; None: it is not slowed.
     """
 
     vm: str
@@ -53,6 +54,7 @@ class RunStatus:
     disks: tuple[DiskProgress, ...] = ()
     guest_writes: GuestWrites | None = None
     recent_write_ms: tuple[float | None, ...] = ()
+    slowed_to_bytes_per_second: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,7 @@ function guestWrites(run) {
     "div",
     { class: "disk", "data-writes": mean_ms ?? "" },
     h("p", { class: "small" }, `guest writes: ${said}`),
+    run.slowed_to_bytes_per_second !== null && h("p", { class: "small warning" }, `slowed for them to ${size(run.slowed_to_bytes_per_second)}/s`),
     mean_ms !== null && sparkline(run.recent_write_ms, `${run.vm}: guest writes in each of the last seconds, ${said}`),
   );
 }

@@ -71,6 +71,8 @@ def _controllers(disks: Sequence[DiskSpec]) -> list[str]:
     for disk in disks:
         if disk.iothread and disk.bus == "virtio-blk":
             arguments += ["-object", f"iothread,id=iothread-{disk.id}"]
+        if disk.bytes_per_second:
+            arguments += ["-object", f"throttle-group,id={_limit(disk)},x-bps-total={disk.bytes_per_second}"]
     scsi = {disk.iothread for disk in disks if disk.bus == "virtio-scsi"}
     if False in scsi:
         arguments += ["-device", "virtio-scsi-pci,id=scsi0"]
@@ -97,12 +99,23 @@ def _blockdev(disk: DiskSpec, image: Path) -> dict[str, Any]:
         }
         fault = {"driver": "blkdebug", "node-name": f"fault-{disk.id}", "inject-error": [rule]}
         file = {**fault, "image": file}
+    if disk.bytes_per_second:
+        file = {
+            "driver": "throttle",
+            "node-name": f"slow-{disk.id}",
+            "throttle-group": _limit(disk),
+            "file": file,
+        }
     return {
         "driver": disk.format,
         "node-name": f"drive-{disk.id}",
         "read-only": disk.readonly,
         "file": file,
     }
+
+
+def _limit(disk: DiskSpec) -> str:
+    return f"limit-{disk.id}"
 
 
 def _drive(disk: DiskSpec, image: Path) -> str:

@@ -26,6 +26,8 @@ class DiskSpec:
     image: an existing image to be used; without it one is created in the VM's folder.
     write_error_at_bytes: each write of that sector fails with EIO (blkdebug; blockdev style only;
     an offset in the image file, so the guest's own only for raw).
+    bytes_per_second: what its image can do, for whoever reads and writes it, the guest and jobs (QEMU's throttle
+    filter in front of the file; blockdev style only; 0: as much as the machine can).
     """
 
     id: str
@@ -38,6 +40,7 @@ class DiskSpec:
     readonly: bool = False
     image: Path | None = None
     write_error_at_bytes: int | None = None
+    bytes_per_second: int = 0
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,20}", self.id):
@@ -48,6 +51,8 @@ class DiskSpec:
             raise ValueError(f"{self.id}: drive-if is virtio-blk")
         if self.write_error_at_bytes is not None and self.style != "blockdev":
             raise ValueError(f"{self.id}: errors are injected in blockdev style only")
+        if self.bytes_per_second and self.style != "blockdev":
+            raise ValueError(f"{self.id}: it is slow in blockdev style only")
 
 
 @dataclass(frozen=True, slots=True)

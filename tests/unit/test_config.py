@@ -142,6 +142,7 @@ def test_what_leaves_is_frozen(tmp_path: Path) -> None:
         ("target.main", 'compress = "zstd"', lambda c: c.target["main"].compress == "zstd"),
         ("target.main", 'driver = "images"', lambda c: c.target["main"].driver is config.TargetDriver.IMAGES),
         ("vm.web01", 'extra_files = ["/f"]', lambda c: c.vm["web01"].extra_files == (Path("/f"),)),
+        ("vm.web01", 'latency_budget = "20ms"', lambda c: c.vm["web01"].latency_budget_seconds == 0.02),
         ("vm.web01", "priority = 100", lambda c: c.vm["web01"].priority == 100),
         ("daemon", 'listen = "127.0.0.1:9321"', lambda c: c.daemon.listen == config.Address("127.0.0.1", 9321)),
         ("daemon", 'listen = "[0::1]:80"', lambda c: str(c.daemon.listen) == "[::1]:80"),

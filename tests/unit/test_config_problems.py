@@ -38,6 +38,8 @@ CASES = [
     ("vm.web01", 'extra_files = "/f"', "extra_files: '/f' is not allowed; allowed: a list"),
     ("vm.web01", 'extra_files = ["/f", "g"]', "extra_files: 'g' is no path; allowed: an absolute one"),
     ("vm.web01", "priority = 101", "vm.web01.priority: 101 is not allowed; allowed: at most 100"),
+    ("vm.web01", 'latency_budget = "0s"', "'0s' is no budget for a write; allowed: from 100us to 10s"),
+    ("vm.web01", 'latency_budget = "11s"', "'11s' is no budget for a write; allowed: from 100us to 10s"),
     ("vm.web01", "priority = -1", "vm.web01.priority: -1 is not allowed; allowed: at least 0"),
     ("vm.web01", 'exclude_disks = "a"', "'a' is not allowed; allowed: a list, such as"),
     ("vm.web01", "exclude_disks = [1]", "exclude_disks: 1 is not allowed; allowed: a text"),
@@ -197,7 +199,11 @@ CASES = [
     # unknown keys
     ("daemon", "max_run = 1", "daemon.max_run: unknown; did you mean 'max_runs'?"),
     ("job.nightly", 'shedule = "daily"', "job.nightly.shedule: unknown; did you mean 'schedule'?"),
-    ("vm.web01", "zzz = 1", "vm.web01.zzz: unknown; allowed: qmp, agent, priority, exclude_disks, extra_files"),
+    (
+        "vm.web01",
+        "zzz = 1",
+        "vm.web01.zzz: unknown; allowed: qmp, agent, priority, latency_budget, exclude_disks, extra_files",
+    ),
 ]
 
 

@@ -7,7 +7,8 @@ import pytest
 from orchestrator.admission import estimate
 from orchestrator.errors import CopyError, FleecingError, TargetError, VmfleeceError
 from orchestrator.qemu.jobs import JobState
-from orchestrator.run.copy import Circumstances, Ended, diagnose
+from orchestrator.run.copy import Ended
+from orchestrator.run.diagnosis import Circumstances, diagnose
 from orchestrator.units import GIB, MIB
 
 LIMIT = estimate.limit(100 * MIB)
