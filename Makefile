@@ -27,7 +27,7 @@ demo: host-tools $(STAMP)
 # Style, types, layers; then the tests, side by side; those on real QEMU with real guests two at a time.
 test: tools lint
 	$(BIN)/python -m pytest -n auto --dist worksteal tests/unit tests/component tests/peer tests/browser
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/faults tests/qemu
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/faults tests/qemu
 
 # 240 backups under load, on all QEMUs, since what kills a guest may do so once in tens (half an hour on two cores);
 # then 260 kills of the daemon, with other faults between them (an hour). Reports are kept in .cache/faults.txt, too.

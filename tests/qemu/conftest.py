@@ -14,6 +14,13 @@ from structlog.typing import EventDict
 
 SmallFileSystem = Callable[[str, int], Path]
 MIB = 1 << 20
+LONG = ("test_chain", "test_quota", "test_repository", "test_shared_storage", "test_versions")
+"""Files that take a minute or more, beside the tests of faults: at the end, each would run alone (`make test`)."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let long files come first."""
+    items.sort(key=lambda item: item.path.parent.name != "faults" and item.path.stem not in LONG)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from orchestrator.model import Kind, RunResult
 from orchestrator.qemu import qmp
 from orchestrator.qemu.commands import CONT, STOP, Command
 from orchestrator.qemu.monitor import DEADLINE_SECONDS, Monitor
-from tests.guest.versions import QEMUS, qemu
+from tests.guest.versions import qemu
 from tests.guest.vm import MIB, DiskSpec, GuestVm, Workload
 from tests.qemu.host import FLEECED, Host, assert_succeeded
 
@@ -111,8 +111,15 @@ def copied(result: RunResult) -> set[int]:
     return {disk.copied_bytes // CLUSTER for disk in result.disks}
 
 
-@pytest.mark.parametrize("iothread", [False, True], ids=["plain", "iothreads"])
-@pytest.mark.parametrize("version", QEMUS)
+@pytest.mark.parametrize(
+    ("version", "iothread"),
+    [
+        pytest.param("7.2", False, id="7.2"),
+        pytest.param("7.2", True, id="7.2, iothreads"),
+        pytest.param("10.0", False, id="10.0"),
+        pytest.param("11.1", True, id="11.1, iothreads"),  # the two take the same way
+    ],
+)
 async def test_a_write_between_any_two_commands_is_not_missed(
     version: str, iothread: bool, tmp_path: Path
 ) -> None:

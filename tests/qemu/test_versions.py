@@ -29,17 +29,12 @@ OVERWRITING = 2000
 GROWN = "disk-vda"
 
 
-@pytest.mark.parametrize(
-    ("version", "iothread"),
-    [
-        ("7.2", False),
-        *((version, True) for version in QEMUS),
-    ],  # without iothreads, later ones are tested elsewhere
-)
-async def test_a_full_backup_and_incremental_ones(version: str, iothread: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", QEMUS)
+async def test_a_full_backup_and_an_incremental_one(version: str, tmp_path: Path) -> None:
+    """With iothreads: without them, each QEMU is tested elsewhere."""
     disks = [
-        DiskSpec("vda", 320 * MIB, iothread=iothread),
-        DiskSpec("vdb", 32 * MIB, format="raw", iothread=iothread),
+        DiskSpec("vda", 320 * MIB, iothread=True),
+        DiskSpec("vdb", 32 * MIB, format="raw", iothread=True),
     ]
     workload = Workload("sequence", region_bytes=REGION_BYTES)
     async with GuestVm(tmp_path / "vm", disks, workload, qemu=qemu(version)) as vm:
@@ -49,8 +44,7 @@ async def test_a_full_backup_and_incremental_ones(version: str, iothread: bool, 
         host = Host(tmp_path, vm, connect=At("blockdev-backup", jobs_may_start.wait))
         await full_backup(host, jobs_may_start, grows=version not in FIXED_GRANT)
         pauses = len(vm.pauses_seconds())
-        for _ in range(2):
-            await incremental_backup(host, grows=version not in FIXED_GRANT)
+        await incremental_backup(host, grows=version not in FIXED_GRANT)
         assert (len(vm.pauses_seconds()) > pauses) == (version in PAUSED)
     shutil.rmtree(tmp_path)
 

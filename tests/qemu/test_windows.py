@@ -9,7 +9,7 @@ from orchestrator.fleecing import boundary
 from orchestrator.fleecing.boundary import Window
 from orchestrator.model import Discard, Phase
 from orchestrator.run.windows import WindowCopy
-from tests.guest.versions import QEMUS, qemu
+from tests.guest.versions import qemu
 from tests.guest.vm import MIB, DiskSpec, GuestVm, Workload
 from tests.qemu.hooks import At
 from tests.qemu.host import FLEECED, SLOWLY, Host, assert_succeeded
@@ -44,7 +44,8 @@ class Watched:
     ("version", "iothread"),
     [
         pytest.param("7.2", False, id="7.2"),
-        *(pytest.param(version, True, id=f"{version}, iothreads") for version in QEMUS),
+        pytest.param("7.2", True, id="7.2, iothreads"),
+        pytest.param("10.0", True, id="10.0, iothreads"),  # and later ones, which take the same way
     ],
 )
 async def test_windows_of_two_disks_under_load(
