@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -23,6 +24,7 @@ from orchestrator.state.catalogue import Catalogue
 from orchestrator.target.restic.errors import NoRepository, RepositoryLocked, WrongPassword
 from tests.component.test_admission import opened
 from tests.component.test_cli import ROOT, Done, command
+from tests.component.test_prune import content_of
 from tests.component.world import MIB, World, make_world
 
 SOON_SECONDS = 30.0
@@ -280,6 +282,28 @@ def test_what_works_on_a_target_only_does_so_beside_a_run_of_the_daemon(run: Run
     service.until(lambda: not service.engine.status().runs)
     assert document(run("run", "show", begun["run"], "--json"))["state"] in {"succeeded", "warning"}
     assert document(run("snapshot", "list", "--json"))["snapshots"][0]["id"] == second
+
+
+def test_what_reads_a_target_does_so_in_a_process_of_its_own_beside_a_run(service: Service, run: Run) -> None:
+    """Of the folder on the disk, of which the daemon here knows nothing: it is not asked."""
+    folder = service.world.folder
+    # In a process where images are not the quick ones of this module.
+    make = "import asyncio, pathlib, sys; from tests.component.test_prune import real_chain\n"
+    make += "print(asyncio.run(real_chain(pathlib.Path(sys.argv[1]), 2))[-1].id)"
+    argv = [sys.executable, "-c", make, folder / "backups"]
+    newest = subprocess.run(argv, cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True).stdout.strip()
+    service.world.qemu.automatic = False
+    document(run("backup", "web01", "--full", "--detach", "--json"))
+    service.until(service.copying)
+    for arguments in (["verify"], ["restore", "web01@latest", "--disk", "vda", "--to", str(folder / "vda.raw")]):
+        with start(service, *arguments) as process:
+            said, complaints = process.communicate(timeout=SOON_SECONDS)
+        assert (process.returncode, complaints) == (0, "")
+        assert newest in said
+    assert (folder / "vda.raw").read_bytes() == content_of(2)
+    assert service.copying()
+    service.go_on()
+    service.until(lambda: not service.engine.status().runs)
 
 
 def start(service: Service, *arguments: str) -> "subprocess.Popen[str]":

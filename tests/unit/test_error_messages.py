@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from orchestrator import errors
+from orchestrator.causes import CODES
 from orchestrator.errors import VmfleeceError
 
 ROOT = Path(__file__).parents[2] / "orchestrator"
@@ -21,6 +22,26 @@ def below(error: type[VmfleeceError]) -> Iterator[str]:
         if one.__module__ == errors.__name__:
             yield one.__name__
             yield from below(one)
+
+
+def constants(node: ast.AST) -> Iterator[str]:
+    """All texts in a piece of code."""
+    for one in ast.walk(node):
+        if isinstance(one, ast.Constant) and isinstance(one.value, str):
+            yield one.value
+
+
+def test_neither_message_nor_hint_says_what_is_said_between_them() -> None:
+    """`causes` says why for each code, between what happened and what to do."""
+    whys = {one.why for one in CODES.values()}
+    said = {
+        text
+        for path in sorted(ROOT.rglob("*.py"))
+        if path.name != "causes.py"
+        for text in constants(ast.parse(path.read_text()))
+    }
+    assert "wait until it has ended" in said
+    assert whys & said == set()
 
 
 def test_every_error_says_what_to_do() -> None:
