@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml | host-tools
 	$(BIN)/python -m pip install --quiet --editable '.[bench,dev]'
 	touch $@
 
-# A guest under load is backed up to a slow target, restored, and proven right (about a minute).
+# A guest under load is backed up to a slow target, by hand and by the service, restored, and proven right.
 demo: host-tools $(STAMP)
 	$(BIN)/python -m benchmarks.demo
 

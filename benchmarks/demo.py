@@ -1,12 +1,14 @@
 """`make demo`: what a backup does to a guest that writes all the time, with fleecing and without.
 
 A guest with two disks writes numbered records to both in turn. It is backed up to a target that takes only a few
-MB/s, with fleecing and, for comparison, directly; its write latency is read from QEMU meanwhile. Then the
-snapshot is restored, and the records prove that both disks are from one moment and nothing is missing.
+MB/s, with fleecing and, for comparison, directly; its write latency is read from QEMU meanwhile. Then the service
+backs it up when its job is due. That snapshot is restored, and the records prove that both disks are from one
+moment and nothing is missing.
 """
 
 import asyncio
 import contextlib
+import json
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ DISK_BYTES = 32 * MIB
 WRITES_PER_SECOND = 2000
 IDLE_SECONDS = 10
 DIRECT_SECONDS = 20
+SERVICE_SECONDS = 60
 
 CONFIG = """
 [daemon]
@@ -48,6 +51,11 @@ driver = "images"
 path = "{folder}/backups"
 [vm.demo]
 qmp = "{socket}"
+[job.often]
+schedule = "*:*:0/10"
+vms = ["demo"]
+target = "slow"
+fleecing = "enabled=1,storage=local"
 """
 
 
@@ -111,11 +119,23 @@ async def main() -> int:
             file = folder / "vmfleece.toml"
             file.write_text(CONFIG.format(folder=folder, socket=vm.product_socket))
             async with engine.opened(config.load(file), connect=slow_target.connect) as opened:
-                return await show(vm, opened, folder)
+                phases, problems = await measure(vm, opened)
+            problems += await scheduled_backup(file)
+            say("\n5. vmfleece restore demo@latest --all")
+            problems += await restored_problems(vm, file)
+            problems += [f"left behind: {line}" for line in await leftovers(vm)]
+            if vm.guest_errors():
+                problems.append(f"the guest saw {vm.guest_errors()} write errors")
+            print_table(phases)
+    for problem in problems:
+        say(f"WRONG: {problem}")
+    if not problems:
+        say("Both disks restored from one moment, no record missing; nothing left behind; no guest write failed.")
+    return 1 if problems else 0
 
 
-async def show(vm: GuestVm, opened: engine.Engine, folder: Path) -> int:
-    """The three phases, the restore and the table."""
+async def measure(vm: GuestVm, opened: engine.Engine) -> tuple[list[Latency], list[str]]:
+    """The guest's writes alone, with fleecing and without, and what went wrong."""
     meter = Meter(vm)
     say(f"1. the guest alone, {IDLE_SECONDS} s ...")
     await meter.start()
@@ -137,19 +157,8 @@ async def show(vm: GuestVm, opened: engine.Engine, folder: Path) -> int:
     direct = await meter.read("backup without fleecing")
     say_latency(direct)
 
-    say("\n4. vmfleece restore demo@latest --all")
-    problems = await restored_problems(vm, opened, folder)
-    problems += [f"left behind: {line}" for line in await leftovers(vm)]
-    if vm.guest_errors():
-        problems.append(f"the guest saw {vm.guest_errors()} write errors")
-    if result.error is not None:
-        problems.append(f"the backup failed: {result.error.message}")
-    print_table([alone, fleecing, direct])
-    for problem in problems:
-        say(f"WRONG: {problem}")
-    if not problems:
-        say("Both disks restored from one moment, no record missing; nothing left behind; no guest write failed.")
-    return 1 if problems else 0
+    problems = [f"the backup failed: {result.error.message}"] if result.error is not None else []
+    return [alone, fleecing, direct], problems
 
 
 async def fleecing_backup(opened: engine.Engine) -> RunResult:
@@ -179,13 +188,45 @@ async def direct_backup(opened: engine.Engine) -> None:
     say("   ended by us; the guest's disks are on their own nodes again")
 
 
-async def restored_problems(vm: GuestVm, opened: engine.Engine, folder: Path) -> list[str]:
+async def scheduled_backup(file: Path) -> list[str]:
+    """Have the service back the guest up when its job is due, and end it; return what went wrong."""
+    say("\n4. vmfleece daemon   (its job is due every 10 s)")
+    daemon = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "orchestrator", "daemon", "--config", str(file)), stderr=asyncio.subprocess.PIPE
+    )
+    assert daemon.stderr is not None
+    try:
+        async with asyncio.timeout(SERVICE_SECONDS):
+            problems = await until_backed_up(daemon.stderr)
+            daemon.terminate()
+            await daemon.stderr.read()
+            code = await daemon.wait()
+    except TimeoutError:
+        daemon.kill()
+        await daemon.communicate()
+        return [f"the service made no backup, or did not end, within {SERVICE_SECONDS} s"]
+    return [*problems, f"the service ended with exit code {code}"] if code else problems
+
+
+async def until_backed_up(lines: asyncio.StreamReader) -> list[str]:
+    """Read the service's log until a run has ended; return what went wrong with it."""
+    async for line in lines:
+        match json.loads(line):
+            case {"event": "job.scheduled", "job": job, "due": due}:
+                say(f"   job {job} is due at {due}")
+            case {"event": "run.finished", "outcome": outcome, "error": error, "kind": kind, "snapshot": snapshot}:
+                say(f"   {outcome}: {snapshot}, {kind}")
+                return [] if error is None else [f"the service's backup failed: {error['message']}"]
+    return ["the service ended before its job was due"]
+
+
+async def restored_problems(vm: GuestVm, file: Path) -> list[str]:
     """Restore both disks and check the guest's records in them."""
-    target = engine.targets(opened.config)["slow"]
+    target = engine.targets(config.load(file))["slow"]
     snapshot = find(await target.snapshots(), "demo@latest")
     paths = []
     for disk in vm.disks:
-        path = folder / f"{disk.id}.raw"
+        path = file.with_name(f"{disk.id}.raw")
         await restore(target, snapshot, f"disk-{disk.id}", to=path, image_format="raw")
         say(f"   {disk.id}: {disk.size_bytes // MIB} MiB, SHA-256 checked")
         paths.append(path)
