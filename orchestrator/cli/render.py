@@ -78,7 +78,7 @@ def error_lines(error: VmfleeceError | ErrorReport, *, about: str = "") -> list[
     problems = error.problems if isinstance(error, ConfigError) else ()
     first, *more = problems or (explained.why,)
     what = _one_line(error.message)
-    if about and not what.startswith(f"VM {about}: "):
+    if about and not what.startswith((f"VM {about}: ", f"target {about}: ", f"snapshot {about} ")):
         what = f"{about}: {what}"
     return [
         f"vmfleece: {what}",

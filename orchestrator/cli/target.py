@@ -73,8 +73,11 @@ async def list_targets(config: Config, arguments: argparse.Namespace) -> int:
         table = Table("TARGET", "DRIVER", "SNAPSHOTS", "PLACE", "", box=None, pad_edge=False)
         for one in found.targets:
             count = "-" if one.snapshots is None else str(one.snapshots)
-            table.add_row(one.target, one.driver, count, one.place, one.error.message if one.error else "")
+            table.add_row(one.target, one.driver, count, one.place, one.error.code if one.error else "")
         render.print_table(table)
+        for one in found.targets:
+            if one.error is not None:
+                render.complain(one.error, about=one.target)
     failed = sum(one.error is not None for one in found.targets)
     if not failed:
         return EXIT_OK

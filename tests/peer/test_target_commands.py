@@ -215,7 +215,9 @@ def test_all_targets_are_listed_with_what_is_wrong(run: Run, restic: Restic, tmp
     write_password(tmp_path / "password", OTHER)
     rows = json.loads(run("target", "list", "--json", code=1).stdout)["targets"]
     assert rows[0]["error"]["code"] == "wrong-password"
-    assert "none of the repository's 1 keys opens" in run("target", "list", code=1).stdout
+    listed = run("target", "list", code=1)
+    assert "wrong-password" in listed.stdout
+    assert "none of the repository's 1 keys opens" in listed.stderr
 
 
 def test_what_is_in_a_repository(run: Run, restic: Restic, tmp_path: Path) -> None:
