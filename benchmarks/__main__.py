@@ -34,6 +34,7 @@ NAMES = (
     "windows",
     "incremental",
     "nbd",
+    "throughput",
     "repository",
     "restore",
 )

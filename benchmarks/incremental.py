@@ -130,10 +130,10 @@ def _write_random(path: Path, size_bytes: int) -> None:
             file.write(source.randbytes(MIB))
 
 
-async def change(vm: GuestVm, size_bytes: int, seed: int) -> None:
-    """Write to 1 % of the blocks, chosen at random, through the device, whatever node it is on."""
+async def change(vm: GuestVm, size_bytes: int, seed: int, share: float = CHANGED_SHARE) -> None:
+    """Write to a share of the blocks, chosen at random, through the device, whatever node it is on."""
     blocks, device = size_bytes // BLOCK_BYTES, vm._qdevs["vda"]
-    for block in random.Random(seed).sample(range(blocks), round(blocks * CHANGED_SHARE)):
+    for block in random.Random(seed).sample(range(blocks), round(blocks * share)):
         line = f'qemu-io -d {device} "write -q -P {seed} {block * BLOCK_BYTES} {BLOCK_BYTES}"'
         said = await vm.execute("human-monitor-command", {"command-line": line})
         if said.strip():
