@@ -32,6 +32,7 @@ NAMES = (
     "guest_impact",
     "admission",
     "windows",
+    "space",
     "incremental",
     "nbd",
     "throughput",
