@@ -30,6 +30,7 @@ from tests.guest.restics import RESTICS
 
 NAMES = (
     "guest_impact",
+    "latency_budget",
     "admission",
     "windows",
     "space",
