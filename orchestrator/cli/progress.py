@@ -90,7 +90,8 @@ def _text(progress: model.Progress, copying_seconds: float, *, short: bool) -> s
         return f"{share}{speed}{held}"
     of_granted = f" of {format_size(granted)}" if granted else ""
     copied_of = f"{format_size(copied)} of {format_size(size)}"
-    return f"{share} ({copied_of}) in {copying_seconds:.0f}s{speed}{held}{of_granted}"
+    slowed = ", slowed for the guest" if progress.slowed_to_bytes_per_second is not None else ""
+    return f"{share} ({copied_of}) in {copying_seconds:.0f}s{speed}{held}{of_granted}{slowed}"
 
 
 def guest_writes(writes: GuestWrites | None) -> str:
@@ -105,6 +106,7 @@ def result_lines(result: RunResult) -> list[str]:
     """How a run ended, for people."""
     guest = f", guest held {result.pause_ms:.1f} ms" if result.pause_ms is not None else ""
     guest += guest_writes(result.guest_writes)
+    guest += f", slowed for {result.slowed_seconds:.0f} s" if result.slowed_seconds else ""
     if result.error is not None:
         return [f"{result.vm}: {result.outcome} after {result.duration_seconds:.1f} s{guest}"]
     copied = sum(disk.copied_bytes for disk in result.disks)

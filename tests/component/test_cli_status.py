@@ -26,6 +26,7 @@ import pytest
 import structlog
 
 from orchestrator.cli.main import main
+from orchestrator.model import GuestWrites
 from orchestrator.service.status import RunStatus, Status, StorageStatus, WaitingStatus
 from tests.component import answers
 from tests.component.test_cli import CONFIG, ROOT, command
@@ -37,7 +38,14 @@ STATUS = Status(
     storages=(
         StorageStatus("local", "/srv/f", 200 * GIB, 100 * GIB, GIB, 50 * GIB, 75 * GIB, 9 * GIB, GIB, 1, None),
     ),
-    runs=(RunStatus("web01", "b46b", "j", "main", "copying", "2026-11-23T02:30:01+00:00", 64, 16, GIB, 4 * GIB),),
+    runs=(
+        RunStatus(
+            *("web01", "b46b", "j", "main", "copying", "2026-11-23T02:30:01+00:00", 64, 16, GIB, 4 * GIB),
+            guest_writes=GuestWrites(7, 2.5, 9.0, None, 1.5),
+            recent_write_ms=(2.0, None, 9.0),
+            slowed_to_bytes_per_second=1 << 20,
+        ),
+    ),
     queue=(WaitingStatus("db01", "5e22", "j", "main", 50, "2026-11-23T02:30:02+00:00", ("the quota", "a slot")),),
 )
 SOON_SECONDS = 20.0
