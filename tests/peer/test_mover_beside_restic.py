@@ -19,7 +19,6 @@ from orchestrator.target.base import ParentUnusable
 from orchestrator.target.mover.session import Session
 from orchestrator.target.restic.access import Opened
 from orchestrator.target.restic.backend.directory import DirectoryBackend
-from orchestrator.target.restic.crypto import Cost
 from orchestrator.target.restic.errors import LockLost
 from orchestrator.target.restic.lock import Pace
 from orchestrator.target.restic.pack import CHUNK_BYTES
@@ -27,11 +26,11 @@ from orchestrator.target.restic.place import backend_at
 from orchestrator.target.restic.repository import Repository
 from orchestrator.target.restic.snapshot import ResticSnapshot
 from orchestrator.target.restic.tree import FileContent
+from tests.guest.restics import CHEAP
 
 MIB = 1 << 20
 PASSWORD = "correct horse"
 SIZE = 5 * CHUNK_BYTES + 3 * 512
-CHEAP = Cost(n=16384, r=8, p=1)
 
 
 def noise(size: int, seed: int) -> bytes:

@@ -21,7 +21,8 @@ from orchestrator.target.restic.repository import Repository
 from orchestrator.units import KIB
 from tests.component.nbd_wire import Wire
 from tests.component.test_file_systems import mounted
-from tests.peer.test_mover_beside_restic import CHEAP, MIB, PASSWORD, SIZE, noise, opened, restic
+from tests.guest.restics import CHEAP
+from tests.peer.test_mover_beside_restic import MIB, PASSWORD, SIZE, noise, opened, restic
 from tests.peer.test_mover_process import back_up, root
 
 CONTENT = noise(SIZE, 1)

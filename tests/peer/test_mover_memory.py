@@ -19,7 +19,8 @@ from orchestrator.target.restic.pack import CHUNK_BYTES
 from orchestrator.target.restic.repository import Repository
 from orchestrator.units import GIB, KIB, MIB
 from tests.component.nbd_wire import Wire
-from tests.peer.test_mover_beside_restic import CHEAP, PASSWORD, opened
+from tests.guest.restics import CHEAP
+from tests.peer.test_mover_beside_restic import PASSWORD, opened
 
 SIZE = 64 * GIB
 STRIDE = 43

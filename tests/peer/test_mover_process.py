@@ -22,7 +22,8 @@ from orchestrator.target.mover.process import Mover
 from orchestrator.target.restic.backend.directory import DirectoryBackend
 from orchestrator.target.restic.errors import BackendError, Damaged, NoRepository
 from orchestrator.target.restic.repository import Repository
-from tests.peer.test_mover_beside_restic import CHEAP, MIB, PASSWORD, SIZE, noise, opened, restic, tool
+from tests.guest.restics import CHEAP
+from tests.peer.test_mover_beside_restic import MIB, PASSWORD, SIZE, noise, opened, restic, tool
 
 SOON_SECONDS = 30.0
 SLOWLY = ["-c", "write -q -P 9 0 1M", "-c", "sleep 2500", "-c", "write -P 9 1M 1M"]

@@ -15,7 +15,8 @@ from orchestrator.target.mover.process import Mover
 from orchestrator.target.restic.errors import Unreachable
 from orchestrator.target.restic.place import backend_at, restic_name
 from orchestrator.target.restic.repository import Repository
-from tests.peer.test_mover_beside_restic import CHEAP, MIB, PASSWORD, SIZE, noise, opened, restic, tool
+from tests.guest.restics import CHEAP
+from tests.peer.test_mover_beside_restic import MIB, PASSWORD, SIZE, noise, opened, restic, tool
 from tests.peer.test_mover_process import qemu
 from tests.peer.test_restic_repository import make_bucket
 

@@ -15,10 +15,9 @@ from orchestrator.config import TargetDriver, TargetSettings
 from orchestrator.service import reclaim
 from orchestrator.target.restic import lock_file
 from orchestrator.target.restic.backend.directory import DirectoryBackend
-from orchestrator.target.restic.crypto import Cost
 from orchestrator.target.restic.lock_file import LockFile
 from orchestrator.target.restic.repository import Repository
-from tests.guest.restics import Restic
+from tests.guest.restics import CHEAP, Restic
 
 PASSWORD = "correct horse"
 
@@ -28,7 +27,7 @@ async def settings(tmp_path: Path) -> TargetSettings:
     path, password = tmp_path / "repository", tmp_path / "password"
     password.touch(mode=0o600)
     password.write_text(PASSWORD)
-    await Repository.create(DirectoryBackend(path), PASSWORD, cost=Cost(16384, 8, 1))
+    await Repository.create(DirectoryBackend(path), PASSWORD, cost=CHEAP)
     return TargetSettings("main", TargetDriver.RESTIC, str(path), path, password_file=password)
 
 

@@ -17,12 +17,12 @@ from orchestrator.target.base import Snapshot
 from orchestrator.target.repository.target import RepositoryTarget
 from orchestrator.target.restic import lock_file
 from orchestrator.target.restic.backend.directory import DirectoryBackend
-from orchestrator.target.restic.crypto import Cost
 from orchestrator.target.restic.lock_file import LockFile
 from orchestrator.target.restic.repository import Repository
 from orchestrator.units import MIB
 from tests.component.test_file_systems import mounted
 from tests.component.test_target_contract import FILES, PASSWORD, fill, filled
+from tests.guest.restics import CHEAP
 from tests.peer.test_target_commands import Done, Run, run
 from tests.unit.test_target import DETAILS, content, disk
 
@@ -83,7 +83,7 @@ def made(folder: Path, repository: Path, run: Run) -> Host:
     write_password(folder, PASSWORD)
 
     async def fill_it() -> Snapshot:
-        await Repository.create(DirectoryBackend(repository), PASSWORD, cost=Cost(16384, 8, 1))
+        await Repository.create(DirectoryBackend(repository), PASSWORD, cost=CHEAP)
         draft = await filled(RepositoryTarget("main", str(repository), lambda: PASSWORD), disk(size_bytes=SIZE))
         return await draft.commit(DETAILS, FILES)
 

@@ -19,7 +19,6 @@ from orchestrator.target.base import Snapshot
 from orchestrator.target.repository import listing
 from orchestrator.target.repository.target import RepositoryTarget
 from orchestrator.target.restic.backend.directory import DirectoryBackend
-from orchestrator.target.restic.crypto import Cost
 from orchestrator.target.restic.pack import BlobKind
 from orchestrator.target.restic.repository import Repository
 from orchestrator.units import MIB
@@ -32,7 +31,7 @@ from tests.component.test_target_contract import (
     short_settling,
     write_parts,
 )
-from tests.guest.restics import Restic
+from tests.guest.restics import CHEAP, Restic
 from tests.peer.test_restic_repository import LOCKED_EXIT
 from tests.unit.test_target import CLUSTER, DETAILS, STARTED, content, disk, refused
 
@@ -45,7 +44,7 @@ Points = Sequence[tuple[Snapshot, bytes]]
 
 
 async def made_at(path: Path) -> RepositoryTarget:
-    await Repository.create(DirectoryBackend(path), PASSWORD, cost=Cost(16384, 8, 1))
+    await Repository.create(DirectoryBackend(path), PASSWORD, cost=CHEAP)
     return RepositoryTarget("main", str(path), lambda: PASSWORD)
 
 
@@ -278,7 +277,7 @@ async def test_a_repository_that_was_made_anew_is_opened_anew(tmp_path: Path) ->
     place = tmp_path / "repository"
     target = RepositoryTarget("main", str(place), lambda: "secret")
     for _ in range(2):
-        made = await Repository.create(DirectoryBackend(place), "secret", cost=Cost(16384, 8, 1))
+        made = await Repository.create(DirectoryBackend(place), "secret", cost=CHEAP)
         await target.prepare()
         assert (await target.repository()).identity == made.identity
         assert await target.snapshots() == []

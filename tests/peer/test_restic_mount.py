@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 
 from orchestrator.target.restic.backend.directory import DirectoryBackend
-from orchestrator.target.restic.crypto import Cost
 from orchestrator.target.restic.repository import Repository
 from orchestrator.target.restic.snapshot import ResticSnapshot
 from orchestrator.target.restic.tree import FileContent
-from tests.guest.restics import Restic
+from tests.guest.restics import CHEAP, Restic
 
 MIB = 1 << 20
 PASSWORD = "correct horse"
@@ -27,7 +26,7 @@ SOON_SECONDS = 30.0
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     async def make() -> None:
-        made = await Repository.create(DirectoryBackend(tmp_path / "repo"), PASSWORD, cost=Cost(16384, 8, 1))
+        made = await Repository.create(DirectoryBackend(tmp_path / "repo"), PASSWORD, cost=CHEAP)
         async with made.lock() as lock:
             await made.load_index()
             writer = made.writer(lock)

@@ -33,7 +33,7 @@ from orchestrator.target.restic.snapshot import ResticSnapshot, Summary
 from orchestrator.target.restic.tree import FileContent
 from orchestrator.target.restic.writer import CHUNK_BYTES
 from orchestrator.units import MIB
-from tests.guest.restics import RESTICS
+from tests.guest.restics import CHEAP, RESTICS
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -42,7 +42,6 @@ LOCKED_EXIT = {"0.14": 1, "0.18": 11}
 PASSWORD = "correct horse"
 NOON = datetime(2026, 11, 22, 12, 0, 0, 123456, UTC)
 NOTE = {"run": "1", "disks": {"vda": {"kind": "full"}}}
-CHEAP = Cost(16384, 8, 1)
 """What restic itself takes at least."""
 
 

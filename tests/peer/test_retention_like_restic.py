@@ -4,6 +4,7 @@ With one rule it is the same. With several, restic counts what an earlier rule k
 vzdump: ours is then what restic keeps for larger numbers, and never less than what it keeps for the same ones.
 """
 
+import asyncio
 import json
 import shutil
 import subprocess
@@ -16,10 +17,11 @@ import pytest
 
 from orchestrator.config.properties import parse_keep
 from orchestrator.run.retention import Point, decide
+from orchestrator.target.restic.backend.directory import DirectoryBackend
+from orchestrator.target.restic.repository import Repository
+from tests.guest.restics import CHEAP
 
-# Opening a repository is slow on purpose (scrypt), and the first test makes one and opens it for each snapshot.
-pytestmark = pytest.mark.timeout(600)
-
+PASSWORD = "made up"
 BERLIN = ZoneInfo("Europe/Berlin")
 TIMES = """\
 2023-02-01 02:30:00
@@ -63,7 +65,7 @@ class Restic:
 
     def __init__(self, program: str, repository: Path) -> None:
         self.command = [program, "--repo", str(repository), "--no-cache"]
-        self.run("init", zone="UTC")
+        asyncio.run(Repository.create(DirectoryBackend(repository), PASSWORD, cost=CHEAP))
         for wall in TIMES:
             # restic takes a wall clock's time, and its zone decides which of two equal ones is meant.
             hours = int(f"{moment(wall):%z}"[:3])
@@ -72,7 +74,7 @@ class Restic:
             self.run("backup", "--quiet", "--stdin", *when, *tag, zone=f"Etc/GMT-{hours}")
 
     def run(self, *arguments: str, zone: str) -> bytes:
-        environment = {"RESTIC_PASSWORD": "made up", "TZ": zone}
+        environment = {"RESTIC_PASSWORD": PASSWORD, "TZ": zone}
         command = [*self.command, *arguments]
         done = subprocess.run(command, env=environment, input=b"few", capture_output=True, check=False, timeout=60)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr.decode()}"

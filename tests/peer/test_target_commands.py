@@ -23,17 +23,15 @@ from orchestrator.cli.main import main
 from orchestrator.target.base import Snapshot, SnapshotDisk
 from orchestrator.target.repository import listing
 from orchestrator.target.restic.backend.directory import DirectoryBackend
-from orchestrator.target.restic.crypto import Cost
 from orchestrator.target.restic.repository import Repository
 from orchestrator.target.restic.snapshot import ResticSnapshot
 from orchestrator.target.restic.tree import FileContent
 from orchestrator.units import MIB
-from tests.guest.restics import RESTICS, Restic
+from tests.guest.restics import CHEAP, RESTICS, Restic
 
 pytestmark = pytest.mark.timeout(600)
 
 ROOT = Path(__file__).parents[2]
-CHEAP = Cost(16384, 8, 1)
 PASSWORD, OTHER = "correct-horse", "battery-staple"
 CONFIG = """\
 [daemon]

@@ -17,10 +17,10 @@ from orchestrator.service import engine
 from orchestrator.service.engine import Engine
 from orchestrator.target.base import Snapshot, find
 from orchestrator.target.restic.backend.directory import DirectoryBackend
-from orchestrator.target.restic.crypto import Cost
 from orchestrator.target.restic.repository import Repository
 from tests.guest import images
 from tests.guest.leftovers import leftovers
+from tests.guest.restics import CHEAP
 from tests.guest.vm import GuestVm
 from tests.qemu.under_way import Said, UnderWay, said
 
@@ -30,7 +30,6 @@ FLEECED = Fleecing(storage="local")
 DIRECT = Fleecing(enabled=False)
 MIB = 1 << 20
 PASSWORD = "correct horse"
-CHEAP = Cost(16384, 8, 1)
 SLOWLY = 256 * 1024  # bytes per second
 
 CONFIG = """
