@@ -31,6 +31,9 @@ from tests.guest.restics import RESTICS
 NAMES = (
     "guest_impact",
     "latency_budget",
+    "pause",
+    "scale",
+    "growth",
     "admission",
     "windows",
     "space",

@@ -120,6 +120,11 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def percentile(values: Sequence[float], percent: int) -> float:
+    """The least of the values that so many percent of them do not exceed."""
+    return sorted(values)[max(0, -(-len(values) * percent // 100) - 1)]
+
+
 def say(text: str) -> None:
     """Tell who waits what is measured now."""
     print(f"  {text}", file=sys.stderr, flush=True)

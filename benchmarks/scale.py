@@ -24,7 +24,7 @@ from typing import Any
 import aiohttp
 
 from benchmarks import report
-from benchmarks.report import Bound, Section, Table
+from benchmarks.report import Bound, Section, Table, percentile
 from orchestrator.model import Kind, Outcome, RunResult
 from orchestrator.state.catalogue import Catalogue
 from orchestrator.units import KIB, MIB, format_size
@@ -287,11 +287,6 @@ async def measured(
         idle_documents,
         await documents(api),
     )
-
-
-def percentile(values: Sequence[float], percent: int) -> float:
-    """So many percent of the values are this or less."""
-    return sorted(values)[max(0, -(-len(values) * percent // 100) - 1)]
 
 
 def per_vm_bytes(few: Row, many: Row) -> float:
