@@ -80,7 +80,7 @@ async def test_a_copy_gives_way_and_goes_on_when_the_guest_is_calm_again(
 ) -> None:
     capfd.readouterr()
     log.configure(log_format="json", level="info")
-    world = make(disks={"vda": 16 * MIB})
+    world = make(disks={"vda": 32 * MIB})
     world.qemu.write_ns = SLOW_NS
     async with copying(world) as (one, run):
         await one.until(lambda: one.speeds == [FLOOR_BYTES_PER_SECOND])
@@ -139,7 +139,7 @@ async def test_windows_that_begin_meanwhile_are_slowed_too(
     make: Make, before: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(boundary, "WINDOW_BYTES", 16 * CLUSTER)
-    world = make(disks={"vda": 8 * MIB}, discard_source=False)
+    world = make(disks={"vda": 16 * MIB}, discard_source=False)
     world.qemu.write_ns = SLOW_NS
     async with copying(world) as (one, run):
         await one.until(lambda: one.speeds == [FLOOR_BYTES_PER_SECOND])
