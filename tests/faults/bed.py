@@ -34,7 +34,8 @@ CBW_TIMEOUT_SECONDS = 4
 ALWAYS, NEVER = "*:*:0/1", "2099-01-01 00:00:00"
 """Calendars: a run is due whenever there is none; none ever is."""
 DAEMON = 'log_level = "debug"'
-STORAGE_MIB, TARGET_MIB = 80, 400
+STORAGE_MIB, TARGET_MIB, REPOSITORY_MIB = 80, 400, 4000
+"""The last one is for hundreds of backups of which nothing is reclaimed; it takes what is written only."""
 MORE = """
 [storage.apart]
 path = "{folder}/apart/fleecing"
@@ -120,7 +121,8 @@ class Bed:
                 guest = GuestVm(self.folder / name, DISKS, workload, qemu=qemu(version), memory_mib=192)
                 guests.append(await stack.enter_async_context(guest))
             place = enter(small(self.folder / "storage", STORAGE_MIB))
-            self.disk = enter(FaultyDisk(self.folder / "disk", self.folder / "target", TARGET_MIB))
+            size_mib = REPOSITORY_MIB if self._repository else TARGET_MIB
+            self.disk = enter(FaultyDisk(self.folder / "disk", self.folder / "target", size_mib))
             proxies = [
                 enter(Proxy(self.folder / f"{name}.qmp", guest.product_socket))
                 for name, guest in zip((VM, NEIGHBOUR), guests, strict=True)

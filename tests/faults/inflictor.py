@@ -133,6 +133,8 @@ class Inflictor:
         finally:
             kill()
             await daemon.ended()
+            if daemon.of("journal.damaged"):  # killed while it started, it has said so already
+                self._bed.damaged = False
             self._witness.count_runs(daemon)
 
     async def _kill_mover(self, daemon: Daemon, machine: Machine, moment: Moment) -> None:
