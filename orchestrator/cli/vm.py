@@ -1,6 +1,7 @@
 """`vmfleece vm list` and `vm show`: which VMs can be reached, and what a backup would do."""
 
 import argparse
+from functools import partial
 
 from rich.table import Table
 
@@ -47,7 +48,7 @@ async def show(config: Config, arguments: argparse.Namespace) -> int:
     run_dir = config.daemon.run_dir
     found = await client.ask(run_dir, f"/vms/{vm.name}", VmDetails, deadline_seconds=DEADLINE_SECONDS)
     if found is None:
-        storages = engine.storages_for_plans(config, engine.storages(config))
+        storages = engine.storages_for_plans(config, engine.storages(config), partial(engine.past_results, config))
         found = await vms.details(vm, qmp.connect, storages, engine.targets(config))
     if arguments.json:
         render.print_document(found)

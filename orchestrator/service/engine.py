@@ -77,11 +77,14 @@ def storages(config: Config) -> dict[str, DirectoryStorage]:
 
 
 def storages_for_plans(
-    config: Config, by_name: Mapping[str, Storage], used_bytes: Callable[[str], int] = lambda _storage: 0
+    config: Config,
+    by_name: Mapping[str, Storage],
+    past_results: Callable[[str], Sequence[Mapping[str, Any]]],
+    used_bytes: Callable[[str], int] = lambda _storage: 0,
 ) -> Storages:
     """The storages with all that first grants are made of; `used_bytes` is what live images occupy of one."""
     first_shares = {name: settings.first_grant for name, settings in config.storage.items()}
-    return Storages(by_name, first_shares, lambda vm: past_results(config, vm), used_bytes)
+    return Storages(by_name, first_shares, past_results, used_bytes)
 
 
 def past_results(config: Config, vm: str) -> Sequence[Mapping[str, Any]]:
@@ -224,7 +227,11 @@ class Engine:
         self, config: Config, its_storages: Mapping[str, DirectoryStorage], its_targets: Mapping[str, Target]
     ) -> Setup:
         means = Means(
-            storages=storages_for_plans(config, its_storages, self._controller.accounts.used_bytes),
+            # Of our own catalogue: another connection for each run would wait for the file's lock, which many
+            # together do not all get in time.
+            storages=storages_for_plans(
+                config, its_storages, self.catalogue.results, self._controller.accounts.used_bytes
+            ),
             targets=its_targets,
             controller=self._controller,
             is_ours=self.catalogue.knows,
