@@ -103,7 +103,7 @@ class Witness:
             run = await daemon.logs("run.started", since=len(daemon.read()), vm=machine.name)
             await daemon.logs("snapshot.taken", run=run["run"], deadline_seconds=RUN_SECONDS)
             folder = self._bed.folder / f"copies-{machine.name}"
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)  # where a run failed that nothing was done to, they are there yet
             copies = [folder / disk.id for disk in guest.disks]
             for disk, copy in zip(guest.disks, copies, strict=True):
                 await guest.copy_disk(disk.id, copy)
