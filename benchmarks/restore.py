@@ -151,18 +151,18 @@ async def measure(gib: int, rounds: int) -> Section:
         )
         for name, runs in took.items()
     ]
-    fastest = min(one for name, one in seconds.items() if "--verify" in name)
+    fastest = min(one for name, one in seconds.items() if name.endswith("`restore`"))
     return Section(
         "How long a restore from a repository takes",
         f"""
         {gib} GiB, a third of it random, half text, a sixth zero; repository and file on one local disk,
-        in the page cache; medians of {rounds} rounds in turn. We always read back what was written, hash
-        it, and make it durable; restic does the first two only with `--verify`, and never the last.
+        in the page cache; medians of {rounds} rounds in turn. Both hash what they write. We make it durable, past
+        the page cache; `restic restore` leaves it in the page cache, and reads it back only with `--verify`.
         """,
         (Table(("", "seconds", "MB/s", "CPU seconds", "times ours"), tuple(rows)),),
         (
             Bound(
-                "restore from a repository, times the faster `restic restore --verify`",
+                "restore from a repository, times the faster `restic restore`",
                 fastest / seconds[OURS],
                 least=1,
             ),
