@@ -15,8 +15,6 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 import structlog
 
-from orchestrator import child
-
 log = structlog.get_logger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -222,20 +220,22 @@ class Finished:
 
 async def run_process(argv: Sequence[str], *, pass_fds: Sequence[int] = ()) -> Finished:
     """Run a program to its end. Raises FileNotFoundError; cancellation kills the program."""
-    starting = child.start(argv, stdout=child.PIPE, stderr=child.PIPE, pass_fds=pass_fds)
-    process = await acquire(starting, _kill)
+    process = await asyncio.create_subprocess_exec(
+        *argv,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        pass_fds=tuple(pass_fds),
+    )
     try:
         stdout, stderr = await process.communicate()
     except BaseException:
-        await finish(_kill(process))
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await finish(process.communicate())
         raise
     assert process.returncode is not None  # noqa: S101  communicate() waited for it
     return Finished(process.returncode, stdout, stderr.decode(errors="replace").strip())
-
-
-async def _kill(process: child.Child) -> None:
-    process.kill()
-    await process.communicate()
 
 
 class Kept(Generic[T]):

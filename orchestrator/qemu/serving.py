@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-from orchestrator import aio, child
+from orchestrator import aio
 from orchestrator.errors import ToolError
 from orchestrator.qemu import tools
 
@@ -37,10 +37,10 @@ async def served(image: Path, *, at: Path, export: str) -> AsyncIterator[str]:
     options = ["--read-only", "--persistent", f"--shared={READERS}", "--format=qcow2", f"--export-name={export}"]
     with tempfile.TemporaryFile() as words, _listening(at) as listening:
         process = await aio.acquire(
-            child.start(
-                ("sh", "-c", _ACTIVATED, "sh", "qemu-nbd", *options, str(image)),
+            asyncio.create_subprocess_exec(
+                *("sh", "-c", _ACTIVATED, "sh", "qemu-nbd", *options, str(image)),
                 stdin=listening.fileno(),
-                stdout=child.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
                 stderr=words.fileno(),  # nobody reads a pipe while it serves
                 start_new_session=True,  # Ctrl-C at a terminal is for us
             ),

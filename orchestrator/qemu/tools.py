@@ -15,8 +15,7 @@ import signal
 from collections.abc import Iterable
 from pathlib import Path
 
-from orchestrator import aio, child
-from orchestrator.child import Child
+from orchestrator import aio
 from orchestrator.errors import ToolError
 from orchestrator.qemu import reading
 
@@ -115,10 +114,11 @@ async def read_back(path: Path, image_format: str, update: reading.Update) -> No
     read_end, write_end = os.pipe()
     try:
         process = await aio.acquire(
-            child.start(
-                ("nbdcopy", "--", "[", *server, "]", "-"),
+            asyncio.create_subprocess_exec(
+                *("nbdcopy", "--", "[", *server, "]", "-"),
+                stdin=asyncio.subprocess.DEVNULL,
                 stdout=write_end,
-                stderr=child.PIPE,
+                stderr=asyncio.subprocess.PIPE,
                 start_new_session=True,  # a process group of their own, which can be killed as one
             ),
             end,
@@ -165,7 +165,7 @@ def _kill_group(leader: int) -> None:
         os.killpg(leader, signal.SIGKILL)
 
 
-async def end(process: Child) -> None:
+async def end(process: asyncio.subprocess.Process) -> None:
     """End a tool that leads a process group, with all that it started, and wait for it."""
     _kill_group(process.pid)
     await process.communicate()

@@ -22,8 +22,7 @@ from pathlib import Path
 
 import structlog
 
-from orchestrator import aio, child
-from orchestrator.child import Child
+from orchestrator import aio
 from orchestrator.config.settings import Hook, JobSettings, TargetSettings
 from orchestrator.errors import HookError
 from orchestrator.model import RunResult
@@ -122,15 +121,18 @@ def _check_safe(path: Path) -> None:
         )
 
 
-async def _started(path: Path, arguments: tuple[str, ...], environment: Mapping[str, str]) -> Child:
+async def _started(
+    path: Path, arguments: tuple[str, ...], environment: Mapping[str, str]
+) -> asyncio.subprocess.Process:
     try:
         return await aio.acquire(
-            child.start(
-                (str(path), *arguments),
-                stdout=child.PIPE,
-                stderr=child.STDOUT,
+            asyncio.create_subprocess_exec(
+                *(str(path), *arguments),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
                 env=environment,
-                limit_bytes=LONGEST_LINE_BYTES,
+                limit=LONGEST_LINE_BYTES,
                 start_new_session=True,  # a process group of its own, which can be ended as one
             ),
             _end,
@@ -142,7 +144,7 @@ async def _started(path: Path, arguments: tuple[str, ...], environment: Mapping[
         ) from error
 
 
-async def _log_output(process: Child, phase: str) -> None:
+async def _log_output(process: asyncio.subprocess.Process, phase: str) -> None:
     assert process.stdout is not None  # noqa: S101  it is a pipe
     lines = 0
     while True:
@@ -157,12 +159,12 @@ async def _log_output(process: Child, phase: str) -> None:
             log.info("hook.said", phase=phase, line=text)
 
 
-async def _end(process: Child) -> None:
+async def _end(process: asyncio.subprocess.Process) -> None:
     _end_group(process)
     await process.wait()
 
 
-def _end_group(process: Child) -> None:
+def _end_group(process: asyncio.subprocess.Process) -> None:
     """What it left running in the background ends with it: that would hold its output open, and more."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

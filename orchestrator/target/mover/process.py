@@ -20,8 +20,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NoReturn
 
-from orchestrator import aio, child
-from orchestrator.child import Child
+from orchestrator import aio
 from orchestrator.errors import TargetError, VmfleeceError
 from orchestrator.target.mover import messages
 from orchestrator.target.mover.messages import Lines, Message, Sealed
@@ -41,7 +40,7 @@ class Mover:
 
     def __init__(
         self,
-        process: Child,
+        process: asyncio.subprocess.Process,
         control: socket.socket,
         on_progress: Callable[[Mapping[str, int]], None],
     ) -> None:
@@ -75,10 +74,11 @@ class Mover:
         with ours:
             with theirs:
                 process = await aio.acquire(
-                    child.start(
-                        (sys.executable, "-m", "orchestrator.target.mover", str(theirs.fileno())),
-                        stdout=child.DEVNULL,
-                        stderr=child.PIPE,
+                    asyncio.create_subprocess_exec(
+                        *(sys.executable, "-m", "orchestrator.target.mover", str(theirs.fileno())),
+                        stdin=asyncio.subprocess.DEVNULL,
+                        stdout=asyncio.subprocess.DEVNULL,
+                        stderr=asyncio.subprocess.PIPE,
                         pass_fds=(theirs.fileno(),),
                         start_new_session=True,  # the terminal's signals are for the run
                     ),
@@ -154,7 +154,8 @@ class Mover:
 
     def kill(self) -> None:
         """End the process at once, whatever it does: QEMU's requests fail, and nothing more is listed."""
-        self._process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
 
     async def _ask(self, what: str, descriptor: int | None = None, **details: Any) -> Any:
         if self._dead is not None:
@@ -240,7 +241,7 @@ def _hex(identity: bytes | None) -> str:
     return identity.hex() if identity is not None else ""
 
 
-async def _end_in_order(process: Child) -> None:
+async def _end_in_order(process: asyncio.subprocess.Process) -> None:
     """It gives its lock back first."""
     try:
         async with asyncio.timeout(END_SECONDS):
@@ -249,6 +250,7 @@ async def _end_in_order(process: Child) -> None:
         await _end(process)
 
 
-async def _end(process: Child) -> None:
-    process.kill()
+async def _end(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
     await process.wait()

@@ -13,8 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from orchestrator import aio, child
-from orchestrator.child import Child
+from orchestrator import aio
 from orchestrator.errors import TargetError, ToolError
 from orchestrator.target.restic.errors import NoRepository, RepositoryLocked, WrongPassword
 
@@ -69,7 +68,9 @@ async def _run(
         raise _failure(arguments[0], repository_name, returncode, "; ".join(last))
 
 
-async def _started(arguments: Sequence[str], repository_name: str, password_file: Path) -> Child:
+async def _started(
+    arguments: Sequence[str], repository_name: str, password_file: Path
+) -> asyncio.subprocess.Process:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RESTIC_")}
     environment |= {
         "RESTIC_REPOSITORY": repository_name,
@@ -80,12 +81,13 @@ async def _started(arguments: Sequence[str], repository_name: str, password_file
         environment["AWS_DEFAULT_REGION"] = region  # which is the only one that it knows
     try:
         return await aio.acquire(
-            child.start(
-                ("restic", "--no-cache", *arguments),
-                stdout=child.PIPE,
-                stderr=child.PIPE,
+            asyncio.create_subprocess_exec(
+                *("restic", "--no-cache", *arguments),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
                 env=environment,
-                limit_bytes=_LONGEST_LINE_BYTES,
+                limit=_LONGEST_LINE_BYTES,
                 start_new_session=True,  # a terminal's Ctrl-C reaches it once, from us
             ),
             _end,
@@ -102,12 +104,13 @@ async def _pass_on(stream: asyncio.StreamReader, on_line: Callable[[str], None])
             on_line(text)
 
 
-async def _end(process: Child) -> None:
+async def _end(process: asyncio.subprocess.Process) -> None:
     """Have it end if it goes on: on SIGINT it removes its lock."""
     for number, patience_seconds in ((signal.SIGINT, END_SECONDS), (signal.SIGKILL, None)):
         if process.returncode is not None:
             return
-        process.send_signal(number)
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(number)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_seconds):
                 await process.communicate()
