@@ -29,6 +29,7 @@ _KINDS = {
     for kind in (
         ParentUnusable,
         errors.Damaged,
+        errors.OtherVersion,
         errors.WrongPassword,
         errors.NoRepository,
         errors.RepositoryLocked,
