@@ -118,7 +118,7 @@ async def test_one_that_appears_while_we_wait_wins_and_ours_is_gone(backend: Wat
     assert locks(backend) == set(theirs)
 
 
-@pytest.mark.parametrize(("age", "hint"), [(1, "tried again"), (31, "restic unlock")])
+@pytest.mark.parametrize(("age", "hint"), [(1, "wait until it has ended"), (31, "restic unlock")])
 async def test_an_old_exclusive_lock_refuses_too_and_says_how_to_go_on(
     backend: Watched, age: int, hint: str
 ) -> None:
