@@ -114,11 +114,11 @@ async def main(names: list[str]) -> int:
             print(f"benchmarks.{name}", file=sys.stderr, flush=True)
             results.append(await measured(name, Path(folder)))
             print(f"  {results[-1].failure or 'done'}, {results[-1].seconds:.0f} s", file=sys.stderr, flush=True)
-    text = rendered(results, machine, time.monotonic() - began)
+            text = rendered(results, machine, time.monotonic() - began)
+            if not names:
+                RESULTS.write_text(text)
     if names:
         print(text)
-    else:
-        RESULTS.write_text(text)
     sections = [one.section for one in results if one.section is not None]
     fine = len(sections) == len(results) and all(bound.held for one in sections for bound in one.bounds)
     return 0 if fine else 1
