@@ -3,8 +3,8 @@
 The daemon as it is, in a process of its own, with 10, 100 and 1000 VMs: scripted QEMUs behind real sockets in
 another process (`fleet`), and from 100 VMs on 20 of them real ones, paused at their first instruction. All have
 a history of two weeks. Then a job backs up all of them, a hundred at once: it is measured until so many have
-their block job, with all others in the queue, and how long a grant that runs out waits for its extension meanwhile,
-beside 1000 events a second.
+their block job, with all others in the queue, and how long a grant that runs out waits for its extension
+meanwhile, beside 1000 events a second.
 """
 
 import asyncio
@@ -312,15 +312,16 @@ async def measure() -> Section:
         behind real QMP sockets, in another process; from {REAL_FROM} VMs on {REAL} of them are real.
         *To start* is the time from asking for a job over all VMs until {AT_ONCE} of them (or all) have their
         block job, and the others wait in the queue: two images are made for each by qemu-img. *A threshold* is an
-        image that reaches the threshold of its grant meanwhile, while {EVENTS_PER_SECOND} events a second come in: until QEMU is asked about it, and until the grant is extended (with a
-        transaction of the ledger, and the job held still) and the next threshold is set.
+        image that reaches the threshold of its grant meanwhile, while {EVENTS_PER_SECOND} events a second come
+        in: until QEMU is asked about it, and until the grant is extended (with a transaction of the ledger, and
+        the job held still) and the next threshold is set.
         """,
         (Table(("", *(f"{row.count} VMs" for row in rows)), tuple(table_rows(rows))),),
         (
             Bound("memory a VM, connected and idle", per_vm_bytes(few, many) / MIB, most=1, unit="MiB"),
             Bound(f"{many.count} VMs, idle, of a processor", many.idle_share * 100, most=2, unit="%"),
             Bound(
-                f"{EVENTS_PER_SECOND} events/s, {many.count} VMs, {AT_ONCE} copied: p99 until a threshold is reacted to",
+                f"{EVENTS_PER_SECOND} events/s, {many.count} VMs, {AT_ONCE} copied: p99 until a reaction",
                 percentile(many.asked, 99) * 1e3,
                 most=50,
                 unit="ms",
