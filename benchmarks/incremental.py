@@ -172,8 +172,7 @@ def section(measured: list[Measured], gib: int) -> Section:
         A guest with one qcow2 disk of {gib} GiB, full of random data; fleecing, an images target on the
         same file system; before each incremental {CHANGED_SHARE:.0%} of the blocks of 64 KiB are changed,
         scattered. Seconds; `snapshot` is with writing back what the host caches of the disk's image.
-        Sealing makes an image durable and hashes it: of a full one the whole content, of an incremental
-        one only its own file.
+        Sealing makes an image durable and hashes it as it is stored.
         """,
         (Table(("backup", "copied", "seconds", "of the full", *ENDS), tuple(rows)),),
         (

@@ -92,4 +92,4 @@ async def measure(pauses: int) -> Section:
 
 
 if __name__ == "__main__":
-    report.main(measure, pauses=50)
+    report.main(measure, pauses=40)

@@ -239,7 +239,7 @@ def section(
                 "images, full: of the speed of QEMU's own blockdev-backup",
                 ratio,
                 least=0.95,
-                cause="a snapshot is hashed before it is listed, and its guest's memory is written back before it",
+                cause="a snapshot is hashed and made durable before it is listed",
             ),
         ),
     )
