@@ -315,7 +315,7 @@ async def test_each_undo_step_has_its_own_deadline() -> None:
     began = time.monotonic()
     with capture_logs() as lines:
         assert await stack.unwind(step_deadline_seconds=0.05) == ["hangs too", "hangs"]
-    assert 0.1 <= time.monotonic() - began < 5
+    assert 0.09 <= time.monotonic() - began < 5  # uvloop counts in whole milliseconds
     assert seen == ["quick"]
     assert [line["error"] for line in lines] == ["TimeoutError", "TimeoutError"]
 
