@@ -87,9 +87,10 @@ def restic(host: Host) -> Restic:
 
 
 def assert_dumped(host: Host, snapshot: str, moment: Moment) -> None:
-    """What restic gives back of the disks is what the paused guest had."""
+    """What restic gives back of the disks is what the paused guest had. `latest` is this VM's."""
     for disk, path in moment.items():
-        assert restic(host).run("dump", snapshot, f"/disk-{disk}.raw") == path.read_bytes(), disk
+        dump = ("dump", "--host", VM, snapshot, f"/disk-{disk}.raw")
+        assert restic(host).run(*dump) == path.read_bytes(), disk
 
 
 async def moment_of(host: Host) -> dict[str, Path]:
