@@ -1,16 +1,14 @@
 """A host of 200 VMs with a history, served as the daemon serves it: fake QEMUs behind the real engine and API."""
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import structlog
-
-from orchestrator import log
 from orchestrator.model import ErrorReport, Kind, Outcome, RunResult
 from orchestrator.service.engine import Engine
 from orchestrator.state.catalogue import Catalogue
+from tests.component import logs
 from tests.component.fake_qemu import FakeQemu
 from tests.component.http import Caller, free_port, over_socket
 from tests.component.test_admission import opened
@@ -60,24 +58,6 @@ def _enter(catalogue: Catalogue, run: str, vm: str, started: datetime, error: Er
     catalogue.finish(RunResult(vm, run, outcome, snapshot, Kind.FULL, "", started, 61.5, None, (), error=error))
 
 
-@contextlib.contextmanager
-def told() -> Iterator[None]:
-    """Events are told to those who follow, and not printed."""
-
-    def drop(*_: object) -> structlog.typing.EventDict:
-        raise structlog.DropEvent
-
-    before = structlog.get_config()
-    structlog.configure(
-        processors=[structlog.contextvars.merge_contextvars, structlog.processors.add_log_level, log.tell, drop],
-        wrapper_class=structlog.make_filtering_bound_logger("debug"),
-    )
-    try:
-        yield
-    finally:
-        structlog.configure(**before)
-
-
 @contextlib.asynccontextmanager
 async def served(folder: Path, *, discard_source: bool = True) -> AsyncIterator[tuple[World, Engine, Caller, int]]:
     """The VMs, the engine, who asks it, and its port. The copies of web01's disk go on by `step` only."""
@@ -87,7 +67,7 @@ async def served(folder: Path, *, discard_source: bool = True) -> AsyncIterator[
         world.host.qemus[folder / f"{vm}.qmp"] = FakeQemu({"vda": pattern("vda", 128 * 1024)})
     enter_history(folder)
     port = free_port()
-    with told():
+    with logs.told():
         async with (
             opened(world, supervise=True, more=more(folder), daemon=f'listen = "127.0.0.1:{port}"') as engine,
             over_socket(folder / "run/api.sock") as call,

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import structlog
 
-from orchestrator import aio, log
+from orchestrator import aio
 from orchestrator.admission import estimate
 from orchestrator.fleecing import boundary, grant, graph, pauser, quiet
 from orchestrator.qemu import tools
 from orchestrator.run import copy
+from tests.component import logs
 from tests.component.fake_blocks import CLUSTER
 from tests.component.world import World, make_world, open_descriptors
 
@@ -88,15 +89,5 @@ def small_grants(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def events_are_told() -> Iterator[None]:
-    """Events are told, and not printed."""
-
-    def drop(*_: object) -> structlog.typing.EventDict:
-        raise structlog.DropEvent
-
-    before = structlog.get_config()
-    structlog.configure(
-        processors=[structlog.contextvars.merge_contextvars, structlog.processors.add_log_level, log.tell, drop],
-        wrapper_class=structlog.make_filtering_bound_logger("debug"),
-    )
-    yield
-    structlog.configure(**before)
+    with logs.told():
+        yield
