@@ -5,6 +5,7 @@ It imports little, since it comes before everything else that `vmfleece daemon` 
 
 import argparse
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -183,33 +184,35 @@ def _add_actions(commands: Any, common: argparse.ArgumentParser, reporting: argp
 def _add_target_actions(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     group = commands.add_parser("target", help="where backups go").add_subparsers(dest="action", required=True)
     group.add_parser("list", parents=parents, help="all targets, and what is wrong with any")
-    for name, explanation in (
-        ("init", "make the repository, or the folder"),
-        ("show", "what is in a target, and who works on it"),
-        ("check", "have restic check a repository"),
-        ("reclaim", "have restic free what no snapshot needs any more"),
-    ):
-        one = group.add_parser(name, parents=parents, help=explanation)
-        one.add_argument("target", metavar="T")
-        if name == "check":
-            one.add_argument("--read-data", action="store_true", help="read all of it, which takes long")
+    on_one = _add_on_a_target(
+        group,
+        parents,
+        {
+            "init": "make the repository, or the folder",
+            "show": "what is in a target, and who works on it",
+            "check": "have restic check a repository",
+            "reclaim": "have restic free what no snapshot needs any more",
+        },
+    )
+    on_one["check"].add_argument("--read-data", action="store_true", help="read all of it, which takes long")
 
     keys = group.add_parser("key", help="passwords that open a repository")
-    keys = keys.add_subparsers(dest="key_action", required=True)
-    for name, explanation in (
-        ("list", "all keys, each with a password"),
-        ("add", "one password more"),
-        ("remove", "one less"),
-    ):
-        one = keys.add_parser(name, parents=parents, help=explanation)
+    on_keys = _add_on_a_target(
+        keys.add_subparsers(dest="key_action", required=True),
+        parents,
+        {"list": "all keys, each with a password", "add": "one password more", "remove": "one less"},
+    )
+    on_keys["add"].add_argument(
+        "--new-password-file", type=Path, required=True, metavar="FILE", help="its one line is the password"
+    )
+    on_keys["remove"].add_argument("key", metavar="KEYID", help="its first digits are enough")
+
+
+def _add_on_a_target(
+    group: Any, parents: list[argparse.ArgumentParser], helps: Mapping[str, str]
+) -> dict[str, argparse.ArgumentParser]:
+    """Actions of which each is about one target, by name: their parsers."""
+    made = {name: group.add_parser(name, parents=parents, help=text) for name, text in helps.items()}
+    for one in made.values():
         one.add_argument("target", metavar="T")
-        if name == "add":
-            one.add_argument(
-                "--new-password-file",
-                type=Path,
-                required=True,
-                metavar="FILE",
-                help="its one line is the password",
-            )
-        if name == "remove":
-            one.add_argument("key", metavar="KEYID", help="its first digits are enough")
+    return made
