@@ -31,31 +31,38 @@ path = "{folder}/repository"
 password_file = "{folder}/password"
 [vm.{vm}]
 qmp = "{socket}"
+{more}
 """
 
 
-def write_config(folder: Path, socket: Path) -> Path:
-    """The configuration file of a VM whose monitor is at a socket; all else lies in the folder."""
+def write_config(folder: Path, socket: Path, *, more: str = "") -> Path:
+    """The configuration file of a VM whose monitor is at a socket; all else lies in the folder.
+
+    `more`: what else is set for the VM, then tables of its own.
+    """
     password = folder / "password"
     password.touch(mode=0o600)
     password.write_text(PASSWORD)
     file = folder / "vmfleece.toml"
-    file.write_text(CONFIG.format(folder=folder, socket=socket, vm=VM))
+    file.write_text(CONFIG.format(folder=folder, socket=socket, vm=VM, more=more))
     return file
 
 
 @contextlib.asynccontextmanager
 async def made(
-    folder: Path, disks: Sequence[DiskSpec], workload: Workload, *, slow: Sequence[Place] = ()
+    folder: Path, disks: Sequence[DiskSpec], workload: Workload, *, slow: Sequence[Place] = (), more: str = ""
 ) -> AsyncIterator[tuple[GuestVm, engine.Engine]]:
-    """A guest that is ready, and an engine, for the block; with throttles, not limited yet, at some places."""
+    """A guest that is ready, and an engine, for the block; with throttles, not limited yet, at some places.
+
+    `more`: see `write_config`.
+    """
     arguments = [
         argument for place in slow for argument in slow_target.qemu_arguments(0, disks=len(disks), place=place)
     ]
     connect = partial(slow_target.connect, places=slow) if slow else qmp.connect
     async with GuestVm(folder / "vm", disks, workload, extra_args=arguments) as vm:
         await vm.wait_ready()
-        settings = config.load(write_config(folder, vm.product_socket))
+        settings = config.load(write_config(folder, vm.product_socket, more=more))
         async with engine.opened(settings, connect=connect) as opened:
             yield vm, opened
 

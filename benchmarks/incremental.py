@@ -18,11 +18,10 @@ from typing import Any
 
 import structlog
 
-from benchmarks import report
+from benchmarks import bed, report
 from benchmarks.report import Bound, Section, Table
-from orchestrator import config
 from orchestrator.model import Fleecing, RunOptions, RunResult
-from orchestrator.service import engine
+from orchestrator.service.engine import Engine
 from orchestrator.units import GIB, MIB, format_size
 from tests.guest import images
 from tests.guest.vm import DiskSpec, GuestVm, Workload
@@ -31,20 +30,6 @@ BLOCK_BYTES = 64 << 10
 CHANGED_SHARE = 0.01
 INCREMENTALS = 3
 WANTED_RATIO = 0.05
-
-CONFIG = """
-[daemon]
-state_dir = "{folder}/state"
-run_dir = "{folder}/run"
-[storage.local]
-path = "{folder}/fleecing"
-quota = "{quota_gib}GiB"
-min_free = "64MiB"
-[target.main]
-path = "{folder}/backups"
-[vm.bench]
-qmp = "{socket}"
-"""
 
 ENDS = {
     "admission": ("run.phase", "preparing"),
@@ -101,15 +86,11 @@ async def measure(gib: int) -> Section:
         report.say(f"filling a disk of {gib} GiB")
         await fill(image, gib * GIB)
         disk = DiskSpec("vda", gib * GIB, iothread=True, image=image)
-        async with GuestVm(folder / "vm", [disk], Workload("idle")) as vm:
-            await vm.wait_ready()
-            file = folder / "vmfleece.toml"
-            file.write_text(CONFIG.format(folder=folder, quota_gib=2 * gib, socket=vm.product_socket))
-            async with engine.opened(config.load(file)) as opened:
-                rows = [await measured("full", opened, clock)]
-                for number in range(1, INCREMENTALS + 1):
-                    await change(vm, gib * GIB, number)
-                    rows.append(await measured(f"incremental {number}", opened, clock))
+        async with bed.made(folder, [disk], Workload("idle")) as (vm, opened):
+            rows = [await measured("full", opened, clock)]
+            for number in range(1, INCREMENTALS + 1):
+                await change(vm, gib * GIB, number)
+                rows.append(await measured(f"incremental {number}", opened, clock))
     return section(rows, gib)
 
 
@@ -140,12 +121,12 @@ async def change(vm: GuestVm, size_bytes: int, seed: int, share: float = CHANGED
             raise RuntimeError(f"{line}: {said}")
 
 
-async def measured(name: str, opened: engine.Engine, clock: Clock) -> Measured:
+async def measured(name: str, opened: Engine, clock: Clock) -> Measured:
     """Back up, and fail unless it is what it has to be."""
     report.say(name)
     since = time.monotonic()
     options = RunOptions("main", Fleecing(storage="local"))
-    result: RunResult = await opened.back_up("bench", options, on_progress=lambda _: None)
+    result: RunResult = await opened.back_up(bed.VM, options, on_progress=lambda _: None)
     seconds = time.monotonic() - since
     if result.error is not None or str(result.kind) != name.partition(" ")[0]:
         raise RuntimeError(f"{name}: {result}")

@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import bed, report
 from benchmarks.report import Bound, Section, Table
 from orchestrator import config
 from orchestrator.errors import CopyError
@@ -27,21 +27,6 @@ WORKLOAD = Workload("random", block_bytes=16 * 1024, rate=100, region_bytes=4 * 
 BUDGET_MS = 5
 ALONE_SECONDS = 8
 ROUNDS = 3
-
-CONFIG = """
-[daemon]
-state_dir = "{folder}/state"
-run_dir = "{folder}/run"
-[storage.local]
-path = "{folder}/fleecing"
-quota = "1GiB"
-min_free = "64MiB"
-[target.main]
-path = "{folder}/backups"
-[vm.bench]
-qmp = "{socket}"
-{budget}
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +85,10 @@ async def of_alone(vm: GuestVm) -> Measured:
 async def backed_up(vm: GuestVm, folder: Path, budget: str) -> Measured:
     """One full backup, by a vmfleece of its own."""
     folder.mkdir()
-    file = folder / "vmfleece.toml"
-    file.write_text(CONFIG.format(folder=folder, socket=vm.product_socket, budget=budget))
+    settings = config.load(bed.write_config(folder, vm.product_socket, more=budget))
     options = RunOptions("main", Fleecing(storage="local"), full=True)
-    async with engine.opened(config.load(file)) as opened:
-        result = await opened.back_up("bench", options, on_progress=lambda _: None)
+    async with engine.opened(settings) as opened:
+        result = await opened.back_up(bed.VM, options, on_progress=lambda _: None)
     if result.error is not None or result.guest_writes is None:
         raise CopyError(f"the backup failed: {result.error}")
     return Measured(result.guest_writes, result.duration_seconds, result.slowed_seconds or 0.0)

@@ -7,7 +7,6 @@ seconds. Needs four times the disk's size in the temporary folder.
 """
 
 import asyncio
-import contextlib
 import os
 import random
 import shutil
@@ -15,43 +14,25 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import bed, report
 from benchmarks.report import Bound, Section, Table
-from orchestrator import config
 from orchestrator.model import Fleecing, Kind, RunOptions
-from orchestrator.service import engine
+from orchestrator.service.engine import Engine
 from orchestrator.target.restic.backend.directory import DirectoryBackend
 from orchestrator.target.restic.repository import Repository
 from orchestrator.units import GIB, MIB, format_size
 from tests.guest.restics import Restic
-from tests.guest.vm import DiskSpec, GuestVm, Workload
+from tests.guest.vm import DiskSpec, Workload
 
-PASSWORD = "benchmark"
 OURS = "vmfleece"
 WANTED_RATIO = 1.5
 WANTED_UNCHANGED_SECONDS = 2.0
 FILES = ("/usr/lib", "/usr/share", "/usr/bin")
 MIX = {"files of the host": 0.5, "random": 0.2, "zeroes": 0.3}
-
-CONFIG = """
-[daemon]
-state_dir = "{folder}/{state}"
-run_dir = "{folder}/run"
-[storage.local]
-path = "{folder}/fleecing"
-quota = "1TiB"
-min_free = "64MiB"
-[target.repo]
-driver = "restic"
-path = "{folder}/repository"
-password_file = "{folder}/password"
-[vm.bench]
-qmp = "{socket}"
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,25 +50,13 @@ async def measure(gib: int, rounds: int) -> Section:
         folder = Path(name)
         image = folder / "vda.raw"
         await asyncio.to_thread(fill, image, gib * GIB)
-        (folder / "password").touch(mode=0o600)
-        (folder / "password").write_text(PASSWORD)
         disk, empty = DiskSpec("vda", gib * GIB, format="raw", image=image), DiskSpec("vdb", 1024 * GIB)
-        async with guest(folder, "one", [disk]) as opened:
-            rows = await compared(opened, image, folder / "repository", rounds)
-        async with guest(folder, "two", [disk, empty]) as opened:
-            unchanged = await repeated(opened, folder / "repository")
+        one, two = folder / "one", folder / "two"
+        async with bed.made(one, [disk], Workload("idle")) as (_, opened):
+            rows = await compared(opened, image, one / "repository", rounds)
+        async with bed.made(two, [disk, empty], Workload("idle")) as (_, opened):
+            unchanged = await repeated(opened, two / "repository")
     return section(rows, unchanged, gib)
-
-
-@contextlib.asynccontextmanager
-async def guest(folder: Path, name: str, disks: list[DiskSpec]) -> AsyncIterator[engine.Engine]:
-    """An idle guest, and what backs it up, for the block."""
-    async with GuestVm(folder / name, disks, Workload("idle")) as vm:
-        await vm.wait_ready()
-        file = folder / f"{name}.toml"
-        file.write_text(CONFIG.format(folder=folder, state=f"{name}.state", socket=vm.product_socket))
-        async with engine.opened(config.load(file)) as opened:
-            yield opened
 
 
 def fill(image: Path, size_bytes: int) -> None:
@@ -118,22 +87,22 @@ def host_files() -> Iterator[Path]:
                     yield path
 
 
-async def compared(opened: engine.Engine, image: Path, repository: Path, rounds: int) -> list[Row]:
+async def compared(opened: Engine, image: Path, repository: Path, rounds: int) -> list[Row]:
     """In turn, so that what else the machine does hits all of them."""
     rows = []
     for _ in range(rounds):
         for version in ("0.14", "0.18"):
             rows.append(await asyncio.to_thread(restic_backup, version, image, repository))
             shutil.rmtree(repository)
-        await Repository.create(DirectoryBackend(repository), PASSWORD)
+        await Repository.create(DirectoryBackend(repository), bed.PASSWORD)
         rows.append(await our_backup(opened, repository, OURS, full=True))
         shutil.rmtree(repository)
     return rows
 
 
-async def repeated(opened: engine.Engine, repository: Path) -> list[Row]:
+async def repeated(opened: Engine, repository: Path) -> list[Row]:
     """A full backup, and three of what has not changed since."""
-    await Repository.create(DirectoryBackend(repository), PASSWORD)
+    await Repository.create(DirectoryBackend(repository), bed.PASSWORD)
     names = ("full", "unchanged", "unchanged", "unchanged")
     return [await our_backup(opened, repository, name, full=name == "full") for name in names]
 
@@ -141,20 +110,20 @@ async def repeated(opened: engine.Engine, repository: Path) -> list[Row]:
 def restic_backup(version: str, image: Path, repository: Path) -> Row:
     """`restic backup` of the file, into a new repository."""
     report.say(f"restic {version}")
-    restic = Restic(repository, PASSWORD, version)
+    restic = Restic(repository, bed.PASSWORD, version)
     restic.run("init")
     started = time.monotonic()
     restic.run("backup", str(image))
     return Row(f"restic {version}", time.monotonic() - started, used_bytes(repository))
 
 
-async def our_backup(opened: engine.Engine, repository: Path, name: str, *, full: bool) -> Row:
+async def our_backup(opened: Engine, repository: Path, name: str, *, full: bool) -> Row:
     """A whole run, from asking for it to its result."""
     report.say(name)
     before = used_bytes(repository)
     options = RunOptions("repo", Fleecing(storage="local"), full=full)
     started = time.monotonic()
-    result = await opened.back_up("bench", options, on_progress=lambda _: None)
+    result = await opened.back_up(bed.VM, options, on_progress=lambda _: None)
     seconds = time.monotonic() - started
     if result.error is not None or result.kind is not (Kind.FULL if full else Kind.INCREMENTAL):
         raise RuntimeError(f"{name}: {result}")

@@ -18,10 +18,9 @@ from typing import Any
 
 import structlog
 
-from benchmarks import incremental, report
+from benchmarks import bed, incremental, report
 from benchmarks.report import Bound, Section, Table
 from benchmarks.repository import fill
-from orchestrator import config
 from orchestrator.model import Fleecing, Kind, RunOptions
 from orchestrator.run.restore import restore
 from orchestrator.service import engine
@@ -34,30 +33,18 @@ from tests.guest.vm import DiskSpec, GuestVm, Workload
 CHANGED_SHARE = 0.1
 BITMAP = "bench"
 QEMUS, QEMUS_INCREMENT = "QEMU's blockdev-backup", "QEMU's blockdev-backup with a bitmap"
-PLAIN, ZSTD = "plain", "zstd"
-TARGETS = {PLAIN: "none", ZSTD: "zstd"}
-CONFIG = """
-[daemon]
-state_dir = "{folder}/state"
-run_dir = "{folder}/run"
-[storage.local]
-path = "{folder}/fleecing"
-quota = "1TiB"
-min_free = "64MiB"
-[target.plain]
-path = "{folder}/backups-plain"
+PLAIN, ZSTD = "main", "zstd"
+COMPRESSED = """
 [target.zstd]
 path = "{folder}/backups-zstd"
 compress = "zstd"
-[vm.bench]
-qmp = "{socket}"
 """
 
 Way = Callable[[], Awaitable[None]]
 
 
-class Bed:
-    """An idle guest with one full disk, and what backs it up."""
+class Copier:
+    """An idle guest with one full disk, and the ways to copy it."""
 
     def __init__(self, vm: GuestVm, opened: engine.Engine, folder: Path, size_bytes: int) -> None:
         self.vm = vm
@@ -116,7 +103,7 @@ class Bed:
     async def ours(self, target: str, *, full: bool = True) -> None:
         """A whole run, with its hash: what it returns is listed and durable."""
         options = RunOptions(target, Fleecing(storage="local"), full=full)
-        result = await self._opened.back_up("bench", options, on_progress=lambda _: None)
+        result = await self._opened.back_up(bed.VM, options, on_progress=lambda _: None)
         if result.error is not None or result.kind is not (Kind.FULL if full else Kind.INCREMENTAL):
             raise RuntimeError(f"{target}: {result}")
 
@@ -134,7 +121,7 @@ class Bed:
     async def convert_back(self) -> None:
         """The same with `qemu-img convert`, made durable, not checked."""
         to = self.folder / "converted.raw"
-        image = self.folder / f"backups-{PLAIN}" / (await self.latest(PLAIN)).id / "disk-vda.qcow2"
+        image = self.folder / "backups" / (await self.latest(PLAIN)).id / "disk-vda.qcow2"
         argv = ["qemu-img", "convert", "-m", "16", "-W", "-f", "qcow2", "-O", "raw", str(image), str(to)]
         await images.run_tool(*argv, deadline_seconds=600)
         await asyncio.to_thread(durable.sync, to)
@@ -150,48 +137,45 @@ async def measure(gib: int, rounds: int) -> Section:
         image = folder / "vda.raw"
         await asyncio.to_thread(fill, image, gib * GIB)
         disk = DiskSpec("vda", gib * GIB, format="raw", iothread=True, image=image)
-        async with GuestVm(folder / "vm", [disk], Workload("idle")) as vm:
-            await vm.wait_ready()
-            file = folder / "vmfleece.toml"
-            file.write_text(CONFIG.format(folder=folder, socket=vm.product_socket))
-            async with engine.opened(config.load(file)) as opened:
-                bed = Bed(vm, opened, folder, gib * GIB)
-                full, since = await fulls(bed, rounds)
-                changed = await increments(bed, rounds)
-                back = await in_turn({"ours": bed.restore, "qemu-img convert": bed.convert_back}, rounds)
+        more = COMPRESSED.format(folder=folder)
+        async with bed.made(folder, [disk], Workload("idle"), more=more) as (vm, opened):
+            copier = Copier(vm, opened, folder, gib * GIB)
+            full, since = await fulls(copier, rounds)
+            changed = await increments(copier, rounds)
+            back = await in_turn({"ours": copier.restore, "qemu-img convert": copier.convert_back}, rounds)
     return section(full, clock.parts(since), changed, back, gib)
 
 
-async def fulls(bed: Bed, rounds: int) -> tuple[dict[str, float], float]:
+async def fulls(copier: Copier, rounds: int) -> tuple[dict[str, float], float]:
     """Medians of all ways of a full backup, and when the last plain one of ours began."""
     since = 0.0
 
     async def ours() -> None:
         nonlocal since
         since = time.monotonic()
-        await bed.ours(PLAIN)
+        await copier.ours(PLAIN)
 
     ways: dict[str, Way] = {
-        QEMUS: bed.qemus,
+        QEMUS: copier.qemus,
         "ours": ours,
-        "qemu-img convert": bed.convert,
-        "nbdcopy": bed.nbdcopy,
-        "QEMU's blockdev-backup, zstd": lambda: bed.qemus(compress=True),
-        "ours, zstd": lambda: bed.ours(ZSTD),
-        "qemu-img convert, zstd": lambda: bed.convert(compress=True),
+        "qemu-img convert": copier.convert,
+        "nbdcopy": copier.nbdcopy,
+        "QEMU's blockdev-backup, zstd": lambda: copier.qemus(compress=True),
+        "ours, zstd": lambda: copier.ours(ZSTD),
+        "qemu-img convert, zstd": lambda: copier.convert(compress=True),
     }
     return await in_turn(ways, rounds), since
 
 
-async def increments(bed: Bed, rounds: int) -> dict[str, float]:
+async def increments(copier: Copier, rounds: int) -> dict[str, float]:
     """Medians of both ways to back up what has changed."""
-    await bed.remember_changes()
-    blocks = bed.image.stat().st_size // incremental.BLOCK_BYTES
+    await copier.remember_changes()
+    blocks = copier.image.stat().st_size // incremental.BLOCK_BYTES
     took: dict[str, list[float]] = {QEMUS_INCREMENT: [], "ours": []}
     for number in range(rounds):
-        await incremental.change(bed.vm, blocks * incremental.BLOCK_BYTES, number + 1, CHANGED_SHARE)
-        ways = {QEMUS_INCREMENT: lambda: bed.qemus(bitmap=True)}
-        ways["ours"] = lambda: bed.ours(PLAIN, full=False)
+        await incremental.change(copier.vm, blocks * incremental.BLOCK_BYTES, number + 1, CHANGED_SHARE)
+        ways = {QEMUS_INCREMENT: lambda: copier.qemus(bitmap=True)}
+        ways["ours"] = lambda: copier.ours(PLAIN, full=False)
         for name, seconds in (await in_turn(ways, 1)).items():
             took[name].append(seconds)
     return {name: statistics.median(seconds) for name, seconds in took.items()}
