@@ -23,7 +23,7 @@ from orchestrator.cli.progress import Display, result_lines
 from orchestrator.cli.running import run_async
 from orchestrator.model import Fleecing, Progress, RunOptions, RunResult
 from orchestrator.run.restore import restore
-from orchestrator.service import engine
+from orchestrator.service import drivers, engine
 from orchestrator.target.base import find
 from tests.guest import sequence
 from tests.guest.latency import LatencyMeter
@@ -222,7 +222,7 @@ async def until_backed_up(lines: asyncio.StreamReader) -> list[str]:
 
 async def restored_problems(vm: GuestVm, file: Path) -> list[str]:
     """Restore both disks and check the guest's records in them."""
-    target = engine.targets(config.load(file))["slow"]
+    target = drivers.targets(config.load(file))["slow"]
     snapshot = find(await target.snapshots(), "demo@latest")
     paths = []
     for disk in vm.disks:

@@ -23,7 +23,8 @@ from benchmarks.report import Bound, Section, Table
 from benchmarks.repository import fill
 from orchestrator.model import Fleecing, Kind, RunOptions
 from orchestrator.run.restore import restore
-from orchestrator.service import engine
+from orchestrator.service import drivers
+from orchestrator.service.engine import Engine
 from orchestrator.target import durable
 from orchestrator.target.base import Snapshot
 from orchestrator.units import GIB, MIB
@@ -46,7 +47,7 @@ Way = Callable[[], Awaitable[None]]
 class Copier:
     """An idle guest with one full disk, and the ways to copy it."""
 
-    def __init__(self, vm: GuestVm, opened: engine.Engine, folder: Path, size_bytes: int) -> None:
+    def __init__(self, vm: GuestVm, opened: Engine, folder: Path, size_bytes: int) -> None:
         self.vm = vm
         self.image = vm.image_path("vda")
         self.folder = folder
@@ -109,12 +110,12 @@ class Copier:
 
     async def latest(self, target: str) -> Snapshot:
         """The newest snapshot."""
-        return (await engine.targets(self._opened.config)[target].snapshots())[-1]
+        return (await drivers.targets(self._opened.config)[target].snapshots())[-1]
 
     async def restore(self) -> None:
         """The newest plain snapshot, checked and made durable."""
         to = self.folder / "restored.raw"
-        target = engine.targets(self._opened.config)[PLAIN]
+        target = drivers.targets(self._opened.config)[PLAIN]
         await restore(target, await self.latest(PLAIN), "disk-vda", to=to, image_format="raw")
         to.unlink()
 

@@ -19,7 +19,7 @@ from benchmarks.report import Section, Table
 from orchestrator import config
 from orchestrator.fleecing import boundary
 from orchestrator.model import Discard, Fleecing, Progress, RunOptions
-from orchestrator.service import engine
+from orchestrator.service import drivers, engine
 from tests.guest.vm import MIB, DiskSpec, GuestVm, Workload
 
 MEMORY = Path("/dev/shm")  # a folder of its own is made there
@@ -35,7 +35,7 @@ class Bed:
     def __init__(self, vm: GuestVm, opened: engine.Engine, settings: Path) -> None:
         self.vm = vm
         self._opened = opened
-        self._target = engine.targets(config.load(settings))["slow"]
+        self._target = drivers.targets(config.load(settings))["slow"]
 
     @classmethod
     @asynccontextmanager

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from orchestrator.cli import render
 from orchestrator.config import Config
 from orchestrator.errors import ConfigError, TargetError, VmfleeceError
-from orchestrator.service import engine, orders
+from orchestrator.service import drivers, orders
 from orchestrator.target.base import Snapshot, Target, find
 
 
@@ -24,7 +24,7 @@ class Listed:
 
 def checked_targets(config: Config, name: str | None) -> dict[str, Target]:
     """All targets by name, or only the one that is named. Raises UnknownName."""
-    targets = engine.targets(config)
+    targets = drivers.targets(config)
     if name is None:
         return targets
     return {name: targets[orders.target_named(config, name)]}

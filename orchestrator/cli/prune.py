@@ -17,7 +17,7 @@ from orchestrator.errors import EXIT_FAILED, EXIT_OK, VmfleeceError
 from orchestrator.model import MergeProgress
 from orchestrator.run.prune import OnMerge
 from orchestrator.run.prune import prune as prune_vm
-from orchestrator.service import client, desk, engine, following, orders
+from orchestrator.service import client, desk, drivers, following, orders
 from orchestrator.service.documents import Fate, PrunedSnapshot
 from orchestrator.service.orders import PruneOrder
 from orchestrator.state import lock
@@ -55,7 +55,7 @@ async def prune(config: Config, arguments: argparse.Namespace) -> int:
 
 async def _pruned_here(config: Config, order: PruneOrder, on_merge: OnMerge) -> tuple[PrunedSnapshot, ...]:
     """Do it in this process, while no other vmfleece is at work; a dry run at any time."""
-    pairs, targets = orders.prunable(order, config), engine.targets(config)
+    pairs, targets = orders.prunable(order, config), drivers.targets(config)
     with contextlib.nullcontext() if order.dry_run else lock.owned(config.daemon.state_dir):
         results = [
             await prune_vm(

@@ -15,7 +15,7 @@ from orchestrator.cli import render
 from orchestrator.cli.status_view import View, lines
 from orchestrator.config import Config
 from orchestrator.errors import EXIT_OK, VmfleeceError
-from orchestrator.service import client, engine
+from orchestrator.service import client, offline
 from orchestrator.service.status import Status
 
 REFRESH_SECONDS = 1.0
@@ -44,7 +44,7 @@ async def status(config: Config, arguments: argparse.Namespace) -> int:
 
 async def _ask(config: Config) -> Status:
     answer = await client.status(config.daemon.run_dir)
-    return await engine.offline_status(config) if answer is None else answer
+    return await offline.status(config) if answer is None else answer
 
 
 async def _watch(

@@ -13,7 +13,7 @@ from rich.table import Table
 from orchestrator.cli import render
 from orchestrator.config import Config, TargetDriver, TargetSettings
 from orchestrator.errors import EXIT_FAILED, EXIT_OK, EXIT_SOME_FAILED, TargetError
-from orchestrator.service import client, engine, targets
+from orchestrator.service import client, drivers, targets
 from orchestrator.service.documents import Targets
 from orchestrator.service.orders import target_named
 from orchestrator.target import durable
@@ -66,7 +66,7 @@ def _make_folder(name: str, path: Path) -> None:
 async def list_targets(config: Config, arguments: argparse.Namespace) -> int:
     """All targets, and what is wrong with those that cannot be used: for the daemon, if one runs."""
     asked = client.ask(config.daemon.run_dir, "/targets", Targets, deadline_seconds=DEADLINE_SECONDS)
-    found = await asked or await targets.summaries(config, engine.targets(config))
+    found = await asked or await targets.summaries(config, drivers.targets(config))
     if arguments.json:
         render.print_document(found)
     else:
@@ -87,7 +87,7 @@ async def list_targets(config: Config, arguments: argparse.Namespace) -> int:
 async def show(config: Config, arguments: argparse.Namespace) -> int:
     """One target; of a repository also its keys, packs and locks."""
     settings = _settings(config, arguments)
-    count = await targets.count(settings, engine.targets(config)[settings.name])
+    count = await targets.count(settings, drivers.targets(config)[settings.name])
     document: dict[str, Any] = {"target": settings.name, "driver": settings.driver, "place": settings.place}
     document["snapshots"] = count
     if settings.driver is TargetDriver.IMAGES:

@@ -9,7 +9,7 @@ from orchestrator.cli import render
 from orchestrator.config import Config
 from orchestrator.errors import EXIT_FAILED, EXIT_OK
 from orchestrator.qemu import qmp
-from orchestrator.service import client, engine, vms
+from orchestrator.service import client, drivers, offline, vms
 from orchestrator.service.documents import VmDetails, Vms
 from orchestrator.units import format_size
 
@@ -48,8 +48,10 @@ async def show(config: Config, arguments: argparse.Namespace) -> int:
     run_dir = config.daemon.run_dir
     found = await client.ask(run_dir, f"/vms/{vm.name}", VmDetails, deadline_seconds=DEADLINE_SECONDS)
     if found is None:
-        storages = engine.storages_for_plans(config, engine.storages(config), partial(engine.past_results, config))
-        found = await vms.details(vm, qmp.connect, storages, engine.targets(config))
+        storages = drivers.storages_for_plans(
+            config, drivers.storages(config), partial(offline.past_results, config)
+        )
+        found = await vms.details(vm, qmp.connect, storages, drivers.targets(config))
     if arguments.json:
         render.print_document(found)
     else:

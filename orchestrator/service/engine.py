@@ -18,11 +18,9 @@ from typing import Any
 import structlog
 
 from orchestrator import aio
-from orchestrator.admission.accounts import Accounts
 from orchestrator.admission.controller import Controller
 from orchestrator.admission.ledger.sqlite import SqliteLedger
 from orchestrator.config import Config, change
-from orchestrator.config.settings import TargetDriver, TargetSettings
 from orchestrator.errors import ConfigError, StateError, StorageError, VmfleeceError
 from orchestrator.model import ErrorReport, Phase, Progress, RunOptions, RunResult, Vm
 from orchestrator.qemu import qmp
@@ -30,8 +28,7 @@ from orchestrator.qemu.monitor import Connect, Monitor
 from orchestrator.run.backup import Means, back_up, new_run_id
 from orchestrator.run.outcome import Facts, log_result, never_began
 from orchestrator.run.prune import PruneResult, prune
-from orchestrator.run.survey import Storages
-from orchestrator.service import overview, samples
+from orchestrator.service import drivers, overview, samples
 from orchestrator.service.api import server
 from orchestrator.service.api.base import Service
 from orchestrator.service.desk import Desk
@@ -49,12 +46,8 @@ from orchestrator.service.supervisor import Supervisors
 from orchestrator.state import lock
 from orchestrator.state.catalogue import Catalogue
 from orchestrator.state.journal import Journal
-from orchestrator.storage.base import Storage
 from orchestrator.storage.directory import DirectoryStorage
 from orchestrator.target.base import Target
-from orchestrator.target.images.target import ImagesTarget
-from orchestrator.target.repository.password import read_password
-from orchestrator.target.repository.target import RepositoryTarget
 
 log = structlog.get_logger(__name__)
 
@@ -62,66 +55,9 @@ RECOVER_SECONDS = 60.0
 """How often it is tried to give back what dead runs hold."""
 
 
-def storages(config: Config) -> dict[str, DirectoryStorage]:
-    """The configured storages, by name."""
-    return {
-        name: DirectoryStorage(
-            name,
-            settings.path,
-            quota_bytes=settings.quota_bytes,
-            min_free=settings.min_free,
-            max_runs=settings.max_runs,
-        )
-        for name, settings in config.storage.items()
-    }
-
-
-def storages_for_plans(
-    config: Config,
-    by_name: Mapping[str, Storage],
-    past_results: Callable[[str], Sequence[Mapping[str, Any]]],
-    used_bytes: Callable[[str], int] = lambda _storage: 0,
-) -> Storages:
-    """The storages with all that first grants are made of; `used_bytes` is what live images occupy of one."""
-    first_shares = {name: settings.first_grant for name, settings in config.storage.items()}
-    return Storages(by_name, first_shares, past_results, used_bytes)
-
-
-def past_results(config: Config, vm: str) -> Sequence[Mapping[str, Any]]:
-    """The results of a VM's ended runs, oldest first; may be asked while another vmfleece works."""
-    if not Catalogue.path(config.daemon.state_dir).exists():
-        return []
-    return Catalogue(config.daemon.state_dir).results(vm)
-
-
-def ledger_path(config: Config) -> Path:
-    """Where it is kept who holds which grants."""
-    return config.daemon.state_dir / "ledger.sqlite"
-
-
-async def offline_status(config: Config) -> Status:
-    """What can be said while no vmfleece runs: the storages, and what dead runs hold. Raises StateError."""
-    by_name = storages(config)
-    accounts = Accounts(by_name)
-    if ledger_path(config).exists():
-        ledger = SqliteLedger(ledger_path(config))
-        accounts.stranded = {holding.owner.run: holding for holding in await ledger.holdings()}
-        await ledger.close()
-    return Status(process=None, started=None, storages=_storage_statuses(by_name, accounts))
-
-
-def _storage_statuses(by_name: Mapping[str, DirectoryStorage], accounts: Accounts) -> tuple[StorageStatus, ...]:
-    return tuple(overview.storage_status(storage, accounts) for storage in by_name.values())
-
-
-def targets(config: Config) -> dict[str, Target]:
-    """The configured targets, by name."""
-    return {name: _target(settings) for name, settings in config.target.items()}
-
-
 def _storages_after(before: Setup, config: Config) -> dict[str, DirectoryStorage]:
     """The storages of a configuration that follows another one: where the folder stays, so does the storage."""
-    found = storages(config)
+    found = drivers.storages(config)
     for name, one in before.storages.items():
         if name in found and found[name].path == one.path:
             settings = config.storage[name]
@@ -137,16 +73,7 @@ def _targets_after(before: Setup, config: Config) -> dict[str, Target]:
         for name, one in before.targets.items()
         if name in config.target and config.target[name] == before.config.target[name]
     }
-    return targets(config) | same
-
-
-def _target(settings: TargetSettings) -> Target:
-    if settings.driver is TargetDriver.RESTIC:
-        password = partial(read_password, settings.name, settings.password_file)
-        return RepositoryTarget(settings.name, settings.place, password, max_runs=settings.max_runs)
-    return ImagesTarget(
-        settings.name, Path(settings.place), compression=settings.compress, max_runs=settings.max_runs
-    )
+    return drivers.targets(config) | same
 
 
 @contextlib.asynccontextmanager
@@ -180,10 +107,9 @@ class Engine:
         self.catalogue = Catalogue(config.daemon.state_dir)
         self._journal = journal
         self._started = datetime.now(UTC)
-        self._controller = Controller(
-            {}, SqliteLedger(ledger_path(config)), max_runs=config.daemon.max_runs, target_max_runs={}
-        )
-        self.in_force = InForce(self._setup(config, storages(config), targets(config)))
+        ledger = SqliteLedger(SqliteLedger.path(config.daemon.state_dir))
+        self._controller = Controller({}, ledger, max_runs=config.daemon.max_runs, target_max_runs={})
+        self.in_force = InForce(self._setup(config, drivers.storages(config), drivers.targets(config)))
         """The configuration, and what it comes to."""
         self._since = self._started
         self.refused: tuple[str, ...] = ()
@@ -229,7 +155,7 @@ class Engine:
         means = Means(
             # Of our own catalogue: another connection for each run would wait for the file's lock, which many
             # together do not all get in time.
-            storages=storages_for_plans(
+            storages=drivers.storages_for_plans(
                 config, its_storages, self.catalogue.results, self._controller.accounts.used_bytes
             ),
             targets=its_targets,
@@ -348,7 +274,7 @@ class Engine:
         )
 
     def _storages_now(self) -> tuple[StorageStatus, ...]:
-        return _storage_statuses(self.in_force.storages(), self._controller.accounts)
+        return overview.storage_statuses(self.in_force.storages(), self._controller.accounts)
 
     async def back_up(
         self,

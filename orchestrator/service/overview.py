@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from operator import attrgetter
@@ -72,8 +72,12 @@ class Pausing:
         )
 
 
-def storage_status(storage: DirectoryStorage, accounts: Accounts) -> StorageStatus:
-    """One storage: what is granted and used, and what its file system says."""
+def storage_statuses(storages: Mapping[str, DirectoryStorage], accounts: Accounts) -> tuple[StorageStatus, ...]:
+    """The storages: what is granted and used of each, and what its file system says."""
+    return tuple(_storage_status(storage, accounts) for storage in storages.values())
+
+
+def _storage_status(storage: DirectoryStorage, accounts: Accounts) -> StorageStatus:
     name = storage.name
     space = accounts.space(name)
     return StorageStatus(

@@ -20,7 +20,7 @@ from orchestrator.admission.ledger.sqlite import SqliteLedger
 from orchestrator.errors import HookError
 from orchestrator.model import Fleecing, Outcome, RunOptions, Vm
 from orchestrator.run import retry
-from orchestrator.service import engine
+from orchestrator.service import drivers, engine, offline
 from orchestrator.service.api import unix
 from orchestrator.service.engine import Engine
 from orchestrator.storage.base import Space
@@ -242,7 +242,7 @@ async def opened(
         )
     )
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(engine, "targets", lambda _config: {"main": world.target})
+        patched.setattr(drivers, "targets", lambda _config: {"main": world.target})
         async with engine.opened(
             config.load(path), connect=world.host.connect, recover=recover, supervise=supervise
         ) as one:
@@ -307,7 +307,7 @@ async def test_without_a_vmfleece_status_says_what_dead_ones_hold(make: Make) ->
     async with opened(world, quota="1GiB"):
         pass
     await left_by_a_dead_process(world)
-    status = await engine.offline_status(config.load(world.folder / "vmfleece.toml"))
+    status = await offline.status(config.load(world.folder / "vmfleece.toml"))
     assert status.process is None
     (storage,) = status.storages
     assert (storage.granted_bytes, storage.stranded_bytes) == (100 * MIB, 100 * MIB)

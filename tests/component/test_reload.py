@@ -16,7 +16,7 @@ from orchestrator import config
 from orchestrator.config import Config
 from orchestrator.errors import ConfigError, StateError
 from orchestrator.model import Outcome, RunResult
-from orchestrator.service import engine
+from orchestrator.service import drivers, engine
 from orchestrator.service.engine import Engine
 from tests.component.http import free_port, over_socket, over_tcp
 from tests.component.test_admission import CONFIG, OPTIONS
@@ -61,7 +61,7 @@ def go_on(world: World) -> None:
 
 @contextlib.asynccontextmanager
 async def daemon(world: World, monkeypatch: pytest.MonkeyPatch, **values: str) -> AsyncIterator[Engine]:
-    monkeypatch.setattr(engine, "targets", lambda config: dict.fromkeys(config.target, world.target))
+    monkeypatch.setattr(drivers, "targets", lambda config: dict.fromkeys(config.target, world.target))
     async with engine.opened(written(world, **values), connect=world.host.connect, supervise=True) as one:
         world.controller = one._controller
         yield one

@@ -19,7 +19,7 @@ from orchestrator import config
 from orchestrator.errors import ConnectFailed, NobodyThere
 from orchestrator.model import RunResult
 from orchestrator.qemu import commands, qmp
-from orchestrator.service import engine, supervisor
+from orchestrator.service import drivers, engine, supervisor
 from orchestrator.service.engine import Engine
 from orchestrator.state.journal import Act, Journal
 from tests.component.fake_qemu import FakeQemu
@@ -86,7 +86,7 @@ async def supervised(world: World, *others: str) -> AsyncIterator[Engine]:
         CONFIG.format(folder=world.folder) + "".join(VM.format(name=name, path=at) for name, at in vms.items())
     )
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(engine, "targets", lambda _config: {"main": world.target})
+        patched.setattr(drivers, "targets", lambda _config: {"main": world.target})
         async with engine.opened(config.load(path), connect=world.host.connect, supervise=True) as one:
             world.controller = one._controller
             yield one

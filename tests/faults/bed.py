@@ -11,10 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from orchestrator import config
 from orchestrator.admission.ledger.sqlite import SqliteLedger
 from orchestrator.fleecing import bitmaps
-from orchestrator.service import engine
 from orchestrator.state.catalogue import Catalogue
 from orchestrator.target.restic.backend.directory import DirectoryBackend
 from orchestrator.target.restic.repository import Repository
@@ -255,7 +253,7 @@ class Bed:
         return found
 
     async def _holders(self) -> list[str]:
-        ledger = engine.ledger_path(config.load(self.host.config))
+        ledger = SqliteLedger.path(self.state)
         if not ledger.exists():
             return []
         opened = SqliteLedger(ledger)

@@ -13,7 +13,7 @@ from orchestrator.model import Consistency, Discard, Fleecing, Outcome, RunOptio
 from orchestrator.qemu import qmp
 from orchestrator.run.backup import Connect
 from orchestrator.run.restore import restore
-from orchestrator.service import engine
+from orchestrator.service import drivers, engine
 from orchestrator.service.engine import Engine
 from orchestrator.target.base import Snapshot, find
 from orchestrator.target.restic.backend.directory import DirectoryBackend
@@ -189,14 +189,14 @@ class Host:
 
     async def snapshots(self, target: str = "main") -> list[Snapshot]:
         """What is listed."""
-        return await engine.targets(config.load(self.config))[target].snapshots()
+        return await drivers.targets(config.load(self.config))[target].snapshots()
 
     async def restored(
         self, target: str = "main", snapshot: str | None = None, *, name: str = VM
     ) -> dict[str, Path]:
         """The disks of a snapshot, the newest one if none is named, as raw files by the guest's name for them."""
         vm = self.vms[name]
-        source = engine.targets(config.load(self.config))[target]
+        source = drivers.targets(config.load(self.config))[target]
         found = find(await source.snapshots(), snapshot or f"{name}@latest")
         folder = self.folder / "restored" / found.id
         folder.mkdir(parents=True)

@@ -41,6 +41,11 @@ class SqliteLedger(Ledger):
     def __init__(self, path: Path) -> None:
         self._database = Database(path, SCHEMA, version=VERSION, lost=LOST, stays_open=True)
 
+    @staticmethod
+    def path(state_dir: Path) -> Path:
+        """Where it is."""
+        return state_dir / "ledger.sqlite"
+
     async def take(self, owner: Owner, grants: Mapping[str, Grant], quotas: Mapping[str, int]) -> bool:
         def transact(connection: Connection) -> bool:
             connection.execute("DELETE FROM owners WHERE run = ?", (owner.run,))
