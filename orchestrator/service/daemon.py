@@ -7,20 +7,21 @@ SIGHUP has it read its configuration again (`reload`).
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import structlog
 
 from orchestrator import aio
 from orchestrator.config import Config, JobSettings
-from orchestrator.errors import VmfleeceError
+from orchestrator.errors import StorageError, VmfleeceError
 from orchestrator.model import Phase, Progress
 from orchestrator.service import engine, reclaim, reload, scheduler, systemd
 from orchestrator.service.engine import Engine
 from orchestrator.service.reconciler import Reconciler
 from orchestrator.service.starting import Told
 from orchestrator.state.journal import Journal
+from orchestrator.storage.base import Storage
 
 log = structlog.get_logger(__name__)
 
@@ -35,7 +36,7 @@ async def serve(config: Config, journal: Journal, told: Told) -> None:
 
 
 async def _serve(opened: Engine, told: Told) -> None:
-    await opened.probe_storages()
+    await _probe(opened.in_force.now.storages.values())
     status = _Status()
     at_start = set(opened.config.job)
 
@@ -65,6 +66,18 @@ async def _serve(opened: Engine, told: Told) -> None:
         log.info("daemon.ready", pid=os.getpid(), vms=len(config.vm), jobs=len(config.job), scheduled=scheduled)
         systemd.notify(READY="1", STATUS=f"{scheduled} jobs with a schedule, no run under way")
         await told.stop.wait()
+
+
+async def _probe(storages: Iterable[Storage]) -> None:
+    """Look what each storage's file system can do, and log what it cannot; none of it ends the service."""
+    for storage in storages:
+        try:
+            lacks = await asyncio.to_thread(storage.prepare)
+        except StorageError as error:
+            log.warning("storage.unusable", storage=storage.name, error=str(error))
+            continue
+        for lack in lacks:
+            log.warning("storage.lacks", storage=storage.name, feature=lack.feature, error=lack.consequence)
 
 
 def _scheduled(config: Config) -> int:

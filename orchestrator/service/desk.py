@@ -140,7 +140,7 @@ class Desk(Answers):
         pairs = orders.prunable(order, setup.config)
 
         async def work(_on_progress: Callable[[Progress], None]) -> Done:
-            results = await self._engine.prune_now(pairs, setup, merge=order.merge, dry_run=order.dry_run)
+            results = await self._engine.pruning.carry_out(pairs, setup, merge=order.merge, dry_run=order.dry_run)
             return Done(pruned=pruned(results, dry_run=order.dry_run))
 
         return self._engine.requests.begin(work, vms=dict.fromkeys(vm for _, vm in pairs))

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from functools import partial
@@ -21,13 +21,12 @@ from orchestrator import aio
 from orchestrator.admission.controller import Controller
 from orchestrator.admission.ledger.sqlite import SqliteLedger
 from orchestrator.config import Config, change
-from orchestrator.errors import ConfigError, StateError, StorageError, VmfleeceError
+from orchestrator.errors import StateError, VmfleeceError
 from orchestrator.model import ErrorReport, Phase, Progress, RunOptions, RunResult, Vm
 from orchestrator.qemu import qmp
 from orchestrator.qemu.monitor import Connect, Monitor
 from orchestrator.run.backup import Means, back_up, new_run_id
 from orchestrator.run.outcome import Facts, log_result, never_began
-from orchestrator.run.prune import PruneResult, prune
 from orchestrator.service import drivers, overview, samples
 from orchestrator.service.api import server
 from orchestrator.service.api.base import Service
@@ -39,6 +38,7 @@ from orchestrator.service.in_force import InForce, Setup
 from orchestrator.service.jobs import Jobs
 from orchestrator.service.metrics import Metrics
 from orchestrator.service.notify import Notifiers
+from orchestrator.service.pruning import Pruning
 from orchestrator.service.reconciler import Reconciler
 from orchestrator.service.requests import Requests
 from orchestrator.service.status import ConfigStatus, Status, StorageStatus
@@ -46,34 +46,11 @@ from orchestrator.service.supervisor import Supervisors
 from orchestrator.state import lock
 from orchestrator.state.catalogue import Catalogue
 from orchestrator.state.journal import Journal
-from orchestrator.storage.directory import DirectoryStorage
-from orchestrator.target.base import Target
 
 log = structlog.get_logger(__name__)
 
 RECOVER_SECONDS = 60.0
 """How often it is tried to give back what dead runs hold."""
-
-
-def _storages_after(before: Setup, config: Config) -> dict[str, DirectoryStorage]:
-    """The storages of a configuration that follows another one: where the folder stays, so does the storage."""
-    found = drivers.storages(config)
-    for name, one in before.storages.items():
-        if name in found and found[name].path == one.path:
-            settings = config.storage[name]
-            one.limit(quota_bytes=settings.quota_bytes, min_free=settings.min_free, max_runs=settings.max_runs)
-            found[name] = one
-    return found
-
-
-def _targets_after(before: Setup, config: Config) -> dict[str, Target]:
-    """The same for targets, which keep what they have read if nothing of them changed."""
-    same = {
-        name: one
-        for name, one in before.targets.items()
-        if name in config.target and config.target[name] == before.config.target[name]
-    }
-    return drivers.targets(config) | same
 
 
 @contextlib.asynccontextmanager
@@ -109,12 +86,8 @@ class Engine:
         self._started = datetime.now(UTC)
         ledger = SqliteLedger(SqliteLedger.path(config.daemon.state_dir))
         self._controller = Controller({}, ledger, max_runs=config.daemon.max_runs, target_max_runs={})
-        self.in_force = InForce(self._setup(config, drivers.storages(config), drivers.targets(config)))
+        self.in_force = InForce(self._setup(config), self._controller)
         """The configuration, and what it comes to."""
-        self._since = self._started
-        self.refused: tuple[str, ...] = ()
-        """Why the configuration file was refused when it was last read again, in words."""
-        self._limit()
         self.gates: defaultdict[str, aio.SharedLock] = defaultdict(aio.SharedLock)
         """Held by each run to a target; alone by who frees space there."""
         self._vm_locks: dict[str, asyncio.Lock] = {}
@@ -136,6 +109,7 @@ class Engine:
         self._supervisors = Supervisors(connect, self.reconciler)
         self.jobs_under_way: Counter[str] = Counter()
         self.feed = Feed()
+        self.pruning = Pruning(self.in_force, self._vm_lock, self.feed.merging)
         self.requests = Requests()
         self.metrics = Metrics(lambda: self.config, self.status)
         self.samples = samples.Samples()
@@ -149,22 +123,22 @@ class Engine:
         """The configuration in force."""
         return self.in_force.now.config
 
-    def _setup(
-        self, config: Config, its_storages: Mapping[str, DirectoryStorage], its_targets: Mapping[str, Target]
-    ) -> Setup:
+    def _setup(self, config: Config) -> Setup:
+        """That with which it starts."""
+        storages = drivers.storages(config)
         means = Means(
             # Of our own catalogue: another connection for each run would wait for the file's lock, which many
             # together do not all get in time.
             storages=drivers.storages_for_plans(
-                config, its_storages, self.catalogue.results, self._controller.accounts.used_bytes
+                config, storages, self.catalogue.results, self._controller.accounts.used_bytes
             ),
-            targets=its_targets,
+            targets=drivers.targets(config),
             controller=self._controller,
             is_ours=self.catalogue.knows,
             journal=self._journal,
             connect=self._reach,
         )
-        return Setup(config, its_storages, its_targets, means)
+        return Setup(config, storages, means)
 
     @contextlib.asynccontextmanager
     async def serving(self, *, recover: bool) -> AsyncIterator[None]:
@@ -199,55 +173,19 @@ class Engine:
         await self._served.check(config.daemon)
         async with self._controller.at_rest():
             # Nothing is awaited in here: whoever begins something finds all of the one, or all of the other.
-            before = self.in_force.now
-            if problems := change.refusals(before.config, config, busy=self.in_force.busy):
-                raise ConfigError(f"{config.path} cannot take effect while vmfleece runs", problems=problems)
+            self.in_force.check(config)
             self._served.take(config.daemon)
-            self.in_force.now = self._setup(
-                config, _storages_after(before, config), _targets_after(before, config)
-            )
-            self._limit()
-            self._since, self.refused = datetime.now(UTC), ()
+            changed = self.in_force.take(config)
             self._notifiers.follow(config.notify)
             self._supervisors.follow(self._looked_after(config))
         await self._served.settle()
-        return change.between(before.config, config)
+        return changed
 
     def _looked_after(self, config: Config) -> Iterable[Vm]:
         return config.vm.values() if self._supervise else ()
 
-    @contextlib.contextmanager
-    def using(self, setup: Setup) -> Iterator[None]:
-        """What is begun with a configuration may use all of it for the block, whatever is in force meanwhile."""
-        with self.in_force.held(setup):
-            self._limit_if_other(setup)
-            yield
-        self._limit_if_other(setup)
-
-    def _limit_if_other(self, setup: Setup) -> None:
-        if setup is not self.in_force.now:
-            self._limit()
-
-    def _limit(self) -> None:
-        self._controller.limit(
-            self.in_force.storages(),
-            max_runs=self.config.daemon.max_runs,
-            target_max_runs=self.in_force.target_max_runs(),
-        )
-
     def _reach(self, path: Path, *, vm: str) -> AbstractAsyncContextManager[Monitor]:
         return self._supervisors.connect(path, vm=vm)
-
-    async def probe_storages(self) -> None:
-        """Look what each storage's file system can do, and log what it cannot; none of it ends the service."""
-        for storage in self.in_force.now.storages.values():
-            try:
-                lacks = await asyncio.to_thread(storage.prepare)
-            except StorageError as error:
-                log.warning("storage.unusable", storage=storage.name, error=str(error))
-                continue
-            for lack in lacks:
-                log.warning("storage.lacks", storage=storage.name, feature=lack.feature, error=lack.consequence)
 
     def stop(self) -> None:
         """Begin nothing more that is asked for, and end what was: to be called before jobs are cancelled."""
@@ -270,7 +208,7 @@ class Engine:
             storages=self._storages_now(),
             runs=runs,
             queue=queue,
-            config=ConfigStatus(str(self.config.path), self._since.isoformat(), self.refused),
+            config=ConfigStatus(str(self.config.path), self.in_force.since.isoformat(), self.in_force.refused),
         )
 
     def _storages_now(self) -> tuple[StorageStatus, ...]:
@@ -300,7 +238,7 @@ class Engine:
             self.tell(progress, on_progress)
 
         try:
-            with self.using(setup):
+            with self.in_force.using(setup):
                 result = await aio.unless(live.told_to_end(), self._back_up(live, setup, hook, progressed))
         except overview.RunCancelled:
             if live.result is not None:
@@ -433,43 +371,6 @@ class Engine:
             return await self._jobs.run(name, vms, on_progress)
         finally:
             self.jobs_under_way[name] -= 1
-
-    async def prune(self, target: str, vm: str, *, merge: bool) -> None:
-        """Remove what retention does not keep, now that there is a new snapshot. What fails is logged only."""
-        setup = self.in_force.now  # what is to be kept by now
-        if target in setup.targets and (keeps := setup.config.keeps(target, vm)):
-            try:
-                with self.using(setup):
-                    async with self._vm_lock(vm):
-                        await prune(setup.targets[target], vm, keeps, merge=merge, on_merge=self.feed.merging)
-            except VmfleeceError as error:
-                log.warning("prune.failed", vm=vm, target=target, error=str(error))
-
-    async def prune_now(
-        self, pairs: Sequence[tuple[str, str]], setup: Setup, *, merge: bool, dry_run: bool
-    ) -> list[PruneResult]:
-        """Remove what retention does not keep of VMs on targets, or only say what that is. Raises TargetError.
-
-        A VM that is being backed up comes to its turn after the others, and when that is over.
-        """
-        results = []
-        with self.using(setup):
-            for target, vm in sorted(pairs, key=lambda pair: self._vm_lock(pair[1]).locked()):
-                lock = contextlib.nullcontext() if dry_run else self._vm_lock(vm)
-                if not dry_run and self._vm_lock(vm).locked():
-                    log.info("prune.waiting", vm=vm, target=target)
-                async with lock:
-                    results.append(
-                        await prune(
-                            setup.targets[target],
-                            vm,
-                            setup.config.keeps(target, vm),
-                            merge=merge,
-                            dry_run=dry_run,
-                            on_merge=self.feed.merging,
-                        )
-                    )
-        return results
 
     async def _guests_first(self) -> None:
         """Continue and thaw what dead runs left paused or frozen, at once and until it is known to be done."""

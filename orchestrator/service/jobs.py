@@ -58,7 +58,7 @@ class Jobs:
             raise UnknownName("job", name, config.job, place=str(config.path))
         job = config.job[name]
         turn = _Turn(job, setup, JobHook(job, config.target[job.options.target]), on_progress)
-        with self._engine.using(setup):
+        with self._engine.in_force.using(setup):
             return await self._run(turn, dict.fromkeys(job.vms, 0) if vms is None else vms)
 
     async def _run(self, turn: _Turn, vms: Mapping[str, int]) -> list[RunResult]:
@@ -95,7 +95,7 @@ class Jobs:
         results = [run.result() for run in runs]
         for result in results:
             if result.error is None:
-                await self._engine.prune(job.options.target, result.vm, merge=job.merge_chains)
+                await self._engine.pruning.after_run(job.options.target, result.vm, merge=job.merge_chains)
         return results
 
     async def _take_turn(self, turn: _Turn, vm: str) -> RunResult:

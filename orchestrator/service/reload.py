@@ -46,7 +46,7 @@ async def _reload(engine: Engine, follow: Callable[[Config], None]) -> str:
         return _refuse(engine, error)
     except Exception as bug:  # it must not end the service
         log.exception("config.bug", path=str(path))
-        engine.refused = (f"bug: {type(bug).__name__}: {bug}",)
+        engine.in_force.refused = (f"bug: {type(bug).__name__}: {bug}",)
         return "the configuration could not be read again: a bug"
     if (before.log_format, before.log_level) != (config.daemon.log_format, config.daemon.log_level):
         configure(log_format=config.daemon.log_format, level=config.daemon.log_level)
@@ -62,6 +62,7 @@ async def _reload(engine: Engine, follow: Callable[[Config], None]) -> str:
 
 
 def _refuse(engine: Engine, error: VmfleeceError) -> str:
-    engine.refused = error.problems if isinstance(error, ConfigError) and error.problems else (str(error),)
-    log.error("config.refused", path=str(engine.config.path), code=error.code, problems=list(engine.refused))
+    problems = error.problems if isinstance(error, ConfigError) and error.problems else (str(error),)
+    engine.in_force.refused = problems
+    log.error("config.refused", path=str(engine.config.path), code=error.code, problems=list(problems))
     return f"{error.message}: the old one stays in force"
