@@ -219,23 +219,30 @@ class Finished:
 
 
 async def run_process(argv: Sequence[str], *, pass_fds: Sequence[int] = ()) -> Finished:
-    """Run a program to its end. Raises FileNotFoundError; cancellation kills the program."""
-    process = await asyncio.create_subprocess_exec(
-        *argv,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        pass_fds=tuple(pass_fds),
+    """Run a program to its end. Raises FileNotFoundError; cancellation kills the program, and sees it end."""
+    process = await acquire(  # uvloop, cancelled while it starts one, does not wait for its end
+        asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            pass_fds=tuple(pass_fds),
+        ),
+        _kill,
     )
     try:
         stdout, stderr = await process.communicate()
     except BaseException:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await finish(process.communicate())
+        await finish(_kill(process))
         raise
     assert process.returncode is not None  # noqa: S101  communicate() waited for it
     return Finished(process.returncode, stdout, stderr.decode(errors="replace").strip())
+
+
+async def _kill(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    await process.communicate()
 
 
 class Kept(Generic[T]):
