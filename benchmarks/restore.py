@@ -23,7 +23,6 @@ from pathlib import Path
 from benchmarks import report
 from benchmarks.report import Bound, Section, Table
 from orchestrator import memory
-from orchestrator.target import durable
 from orchestrator.target.repository import contents
 from orchestrator.target.restic.backend.directory import DirectoryBackend
 from orchestrator.target.restic.pack import CHUNK_BYTES
@@ -85,7 +84,6 @@ async def ours(root: Path, to: Path) -> None:
         (made,) = (await repository.snapshots()).snapshots
         file = (await repository.files(made))[FILE]
         await contents.extract(repository, file, name="vda", to=to, image_format="raw")
-    await asyncio.to_thread(durable.sync, to)
 
 
 async def run_ours(root: Path, out: Path) -> None:

@@ -2,8 +2,8 @@
 
 Nothing is continued: who restores again after an interruption starts over.
 
-The target checks what it reads, and that what it has written is right.
-A file is written under a `.partial` name, checked, made durable and renamed: what has the final name is right.
+The target checks what it reads, that what it has written is right, and makes it durable.
+A file is written under a `.partial` name and renamed after that: what has the final name is right.
 A block device is written in place, and read back.
 """
 
@@ -13,7 +13,7 @@ import errno
 import os
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import structlog
 from orchestrator import aio
 from orchestrator.errors import TargetError
 from orchestrator.qemu import tools
-from orchestrator.target import durable
+from orchestrator.target import durable, restored
 from orchestrator.target.base import Snapshot, Target
 from orchestrator.target.extra_files import ExtraFile
 
@@ -77,10 +77,8 @@ async def restore(
             await _check_fits(wanted.size_bytes, to)
         async with aio.background(_watch(written, on_progress)):
             await target.extract(snapshot, disk, to=written, image_format=image_format)
-        with _explained(to):
-            await asyncio.to_thread(durable.sync, written)
         if not device:
-            with _explained(to):
+            with restored.explained(to):
                 await asyncio.to_thread(_publish, written, to)
     except BaseException:
         if not device:
@@ -107,14 +105,14 @@ async def restore_extra_files(target: Target, snapshot: Snapshot, *, to: Path) -
     """
     files = await target.extra_files(snapshot)
     names = Counter(Path(file.path).name for file in files)
-    restored: list[tuple[ExtraFile, Path]] = []
+    written: list[tuple[ExtraFile, Path]] = []
     for file in files:
         name = Path(file.path).name
         path = to / (name if names[name] == 1 else file.path.strip("/").replace("/", "_"))
-        with _explained(path):
+        with restored.explained(path):
             await asyncio.to_thread(_write_new, path, file)
-        restored.append((file, path))
-    return restored
+        written.append((file, path))
+    return written
 
 
 def _write_new(path: Path, file: ExtraFile) -> None:
@@ -122,6 +120,7 @@ def _write_new(path: Path, file: ExtraFile) -> None:
         out.write(file.content)
         out.flush()
         os.fsync(out.fileno())
+    durable.sync(path.parent)
 
 
 def _check_destination(to: Path, *, overwrite: bool) -> bool:
@@ -157,18 +156,6 @@ async def _check_fits(size_bytes: int, device: Path) -> None:
             hint="give a block device that is at least as large",
             code="restore-path",
         )
-
-
-@contextlib.contextmanager
-def _explained(to: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise TargetError(
-            f"cannot restore to {to}: {error.strerror}",
-            hint="give another path, or mend this one; the snapshot can be read",
-            code="restore-path",
-        ) from error
 
 
 def _publish(written: Path, to: Path) -> None:

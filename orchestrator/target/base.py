@@ -231,9 +231,10 @@ class Target(abc.ABC):
     async def extract(self, snapshot: Snapshot, disk: str, *, to: Path, image_format: str) -> None:
         """Write a disk's content into the file or block device at `to`, as `raw` or `qcow2`; see that it is right.
 
-        What the disk builds on is checked, too, and not changed or removed meanwhile. It is left to the caller to
-        make it durable. TargetError's code is "content-wrong" if what is there is not what was backed up, or
-        something that it is made of is damaged or gone: it names the snapshot; "no-snapshot" if that is gone.
+        It is durable then. What the disk builds on is checked, too, and not changed or removed meanwhile.
+        TargetError's code is "content-wrong" if what is there is not what was backed up, or something that it is
+        made of is damaged or gone: it names the snapshot; "no-snapshot" if that is gone; "restore-path" if it
+        cannot be written there.
         """
 
     @abc.abstractmethod

@@ -323,6 +323,29 @@ async def test_what_comes_back_is_what_was_written(target: Target, tmp_path: Pat
         assert committed.disk(name).size_bytes == size
 
 
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+async def test_what_is_given_back_is_durable(
+    target: Target, tmp_path: Path, image_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, out = await snapshot(target, disk()), tmp_path / "out"
+    real, synced, broken = os.fsync, list[bytes](), False
+
+    def fsync(descriptor: int) -> None:
+        if out.exists() and os.path.samestat(os.fstat(descriptor), out.stat()):
+            if broken:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            synced.append(out.read_bytes())
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    await target.extract(made, "vda", to=out, image_format=image_format)
+    assert synced[-1] == out.read_bytes()
+    out.unlink()
+    broken = True
+    told = await refused(target.extract(made, "vda", to=out, image_format=image_format))
+    assert (told.code, os.strerror(errno.EIO) in told.message) == ("restore-path", True)
+
+
 CHANGES = [
     {0: b"\1" * CLUSTER, 2 * CLUSTER: bytes(CLUSTER), 4 * MIB - CLUSTER: b"\2" * (2 * CLUSTER)},
     {9 * MIB: b"\3" * 512, 5 * MIB: b"\4" * CLUSTER},

@@ -93,10 +93,20 @@ async def test_wrong_content_is_not_given_back(
     assert names(out) == []
 
 
+@pytest.mark.parametrize("damaged", [False, True])
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 async def test_what_is_written_wrong_is_not_given_back(
-    target: ImagesTarget, snapshot: Snapshot, out: Path, image_format: str, monkeypatch: pytest.MonkeyPatch
+    target: ImagesTarget,
+    snapshot: Snapshot,
+    out: Path,
+    image_format: str,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    damaged: bool,
 ) -> None:
+    """If the image that it was written from is damaged, too, that is what is said."""
+    if damaged:
+        await asyncio.to_thread(damage, target, snapshot)
     real = tools.convert
 
     async def wrong(source: Path, source_format: str, to: Path, to_format: str, *, into_existing: bool) -> None:
@@ -104,7 +114,8 @@ async def test_what_is_written_wrong_is_not_given_back(
         await images.run_tool("qemu-io", "-f", to_format, "-c", "write -q -P 7 4096 512", str(to))
 
     monkeypatch.setattr(tools, "convert", wrong)
-    with pytest.raises(TargetError, match="was restored wrong: Content mismatch at offset 4096") as told:
+    why = "is damaged: SHA-256" if damaged else "was restored wrong: Content mismatch at offset 4096"
+    with pytest.raises(TargetError, match=why) as told:
         await restore(target, snapshot, "vda", to=out / "vda.img", image_format=image_format)
     assert told.value.code == "content-wrong"
     assert names(out) == []

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import aio
-from orchestrator.errors import TargetError, ToolError
+from orchestrator.errors import TargetError, ToolError, VmfleeceError
 from orchestrator.qemu import reading, tools
 from orchestrator.target import restored
 from orchestrator.target.base import HashOf, Snapshot, SnapshotDisk, Verification, gone
@@ -138,11 +138,15 @@ async def read(links: Sequence[Link], work: Coroutine[Any, Any, None]) -> None:
 
 async def restore(links: Sequence[Link], to: Path, image_format: str) -> None:
     """Write the content to a file or block device, and see that it is right. TargetError as `Target.extract`."""
-    newest, device = links[0], await asyncio.to_thread(to.is_block_device)
-    await read(links, tools.convert(newest.image, "qcow2", to, image_format, into_existing=device))
+    device = await asyncio.to_thread(to.is_block_device)
+    await read(links, _write(links[0], to, image_format, into_existing=device))
+
+
+async def _write(newest: Link, to: Path, image_format: str, *, into_existing: bool) -> None:
+    await tools.convert(newest.image, "qcow2", to, image_format, into_existing=into_existing)
     name = f"disk {newest.disk.disk} of {newest.snapshot}"
     size_bytes = newest.disk.size_bytes
-    await restored.check(to, image_format, newest.image, "qcow2", name=name, size_bytes=size_bytes)
+    await restored.settle(to, image_format, newest.image, "qcow2", name=name, size_bytes=size_bytes)
 
 
 async def verify(links: Sequence[Link], *, share: float) -> Verification:
@@ -164,10 +168,10 @@ async def check(links: Sequence[Link]) -> None:
         await _check(link)
 
 
-async def _failure(work: Coroutine[Any, Any, None]) -> ToolError | None:
+async def _failure(work: Coroutine[Any, Any, None]) -> VmfleeceError | None:
     try:
         await work
-    except ToolError as error:
+    except VmfleeceError as error:
         return error
     return None
 

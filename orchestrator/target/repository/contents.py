@@ -79,7 +79,7 @@ class DiskExport(Export):
 
 
 async def extract(repository: Repository, content: FileContent, *, name: str, to: Path, image_format: str) -> None:
-    """Write a file's content to the file or block device at `to`, and see that it is right.
+    """Write a file's content to the file or block device at `to`, durably, and see that it is right.
 
     `name` says for people what it is. TargetError's code is "content-wrong" if some of it is damaged. Raises
     BackendError, and ToolError if it cannot be written. After an error or cancellation, part of it may be there.
@@ -99,7 +99,7 @@ async def extract(repository: Repository, content: FileContent, *, name: str, to
             try:
                 uri = serving.uri(path, name)
                 await tools.convert(uri, "raw", to, image_format, into_existing=device)
-                await restored.check(to, image_format, uri, "raw", name=name, size_bytes=content.size_bytes)
+                await restored.settle(to, image_format, uri, "raw", name=name, size_bytes=content.size_bytes)
             except ToolError as error:
                 causes = [trouble.error for trouble in troubles if isinstance(trouble.error, TargetError)]
                 if not causes:

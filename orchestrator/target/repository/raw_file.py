@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from typing import TypeVar
 
 from orchestrator import aio
-from orchestrator.errors import TargetError
+from orchestrator.target import durable, restored
 from orchestrator.target.repository.chunks import THREADS, Layout, wrong_length
 from orchestrator.target.restic.repository import Repository
 from orchestrator.units import KIB
@@ -29,7 +29,7 @@ _ZEROES = bytes(HOLE_BYTES)
 
 
 async def write(repository: Repository, layout: Layout, to: Path) -> None:
-    """Make a file of that content, holes where it is zero. It is for the caller to make it durable.
+    """Make a durable file of that content, holes where it is zero.
 
     Raises TargetError "restore-path" if it cannot be written, and as `Repository.read_blob`. Cancelling it leaves
     some of the content in the file, and no thread.
@@ -58,19 +58,14 @@ async def write(repository: Repository, layout: Layout, to: Path) -> None:
         finally:
             buffers.put(buffer)
 
-    try:
+    with restored.explained(to):
         file = _File(to)
         try:
             os.truncate(to, layout.size_bytes)
             await in_threads(write_chunk, places.items())
         finally:
             file.close()
-    except OSError as error:
-        raise TargetError(
-            f"cannot write {to}: {error.strerror}",
-            hint="see that there is room and that it may be written to, or give another --to",
-            code="restore-path",
-        ) from error
+        await asyncio.to_thread(durable.sync, to)
 
 
 async def in_threads(work: Callable[[T], None], items: Iterable[T]) -> None:
