@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+BLOCK_BYTES = 4096
+"""Of the largest blocks that disks have: what is written past the host's cache is whole ones."""
+
 
 def write(path: Path, content: bytes) -> None:
     """Make a file of that content, or give one it instead of its own, durably. Blocks; raises OSError."""

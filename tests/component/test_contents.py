@@ -496,7 +496,7 @@ def test_runs_leave_out_whole_blocks_of_zeroes_only(length: int) -> None:
 async def test_a_file_system_that_cannot_write_past_the_cache(
     rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
 ) -> None:
-    disk = await rig.add("vda", DISK, grid(DISK))
+    disk = await rig.add("vda", DISK, range(0, len(DISK), 512 * KIB)[1:])
     real, asked = getattr(os, refused), []
 
     def refuse(file: Path | int, *arguments: Any, **more: Any) -> Any:
@@ -508,7 +508,7 @@ async def test_a_file_system_that_cannot_write_past_the_cache(
 
     monkeypatch.setattr(os, refused, refuse)
     await contents.extract(rig.repository, disk, name="vda", to=tmp_path / "out", image_format="raw")
-    assert asked
+    assert 0 < len(asked) <= chunks.THREADS, "it is not asked again once it has refused"
     assert (tmp_path / "out").read_bytes() == DISK
 
 

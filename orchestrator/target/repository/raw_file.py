@@ -23,8 +23,6 @@ from orchestrator.units import KIB
 T = TypeVar("T")
 
 HOLE_BYTES = 64 * KIB
-BLOCK_BYTES = 4096
-"""Of the largest blocks that disks have."""
 _ZEROES = bytes(HOLE_BYTES)
 
 
@@ -61,7 +59,7 @@ async def write(repository: Repository, layout: Layout, to: Path) -> None:
     with restored.explained(to):
         file = _File(to)
         try:
-            os.truncate(to, layout.size_bytes)
+            file.resize(layout.size_bytes)
             await in_threads(write_chunk, places.items())
         finally:
             file.close()
@@ -85,15 +83,17 @@ class _File:
     def __init__(self, path: Path) -> None:
         self._cached = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
-            self._direct: int | None = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+            self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
         except OSError:  # it cannot, like older tmpfs
-            self._direct = None
-        self._directly = self._direct is not None
+            self._direct = os.dup(self._cached)
 
     def close(self) -> None:
-        for descriptor in (self._cached, self._direct):
-            if descriptor is not None:
-                os.close(descriptor)
+        os.close(self._direct)
+        os.close(self._cached)
+
+    def resize(self, size_bytes: int) -> None:
+        """Have it end there, with a hole where there is nothing yet. Raises OSError."""
+        os.truncate(self._cached, size_bytes)
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write all of `data`, which is at the beginning of a page if `offset` is. Raises OSError."""
@@ -102,13 +102,14 @@ class _File:
             data, offset = data[written:], offset + written
 
     def _write(self, data: memoryview, offset: int) -> int:
-        if self._direct is not None and self._directly and not (offset % BLOCK_BYTES or len(data) % BLOCK_BYTES):
+        if not (offset % durable.BLOCK_BYTES or len(data) % durable.BLOCK_BYTES):
             try:
                 return os.pwrite(self._direct, data, offset)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                self._directly = False  # its blocks are larger, or it only seemed to be able to
+                # Its blocks are larger, or it only seemed to be able to. Not closed: other threads are using it.
+                os.dup2(self._cached, self._direct, inheritable=False)
         return os.pwrite(self._cached, data, offset)
 
 

@@ -22,8 +22,6 @@ _TEMPORARY = ".vmfleece-"
 _DEAD_AFTER_SECONDS = 3600
 """Since something was last written to it; writing one file takes seconds."""
 _DIRECT_LEAST_BYTES = MIB
-_BLOCK_BYTES = 4096
-"""Of the largest blocks that disks have."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _GONE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 
@@ -154,11 +152,8 @@ def _write(path: Path, content: Content) -> None:
 
 def _write_directly(descriptor: int, view: memoryview) -> int:
     """Write past the host's cache, which is for the guests, as far as that can be done; return how much was."""
-    flags, written, whole_bytes = (
-        fcntl.fcntl(descriptor, fcntl.F_GETFL),
-        0,
-        len(view) // _BLOCK_BYTES * _BLOCK_BYTES,
-    )
+    flags, written = fcntl.fcntl(descriptor, fcntl.F_GETFL), 0
+    whole_bytes = len(view) // durable.BLOCK_BYTES * durable.BLOCK_BYTES
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
         while written < whole_bytes:
