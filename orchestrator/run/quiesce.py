@@ -79,7 +79,7 @@ async def _thaw(guest: GuestAgent, intent: Intent, journal: Journal) -> str:
         log.warning("guest.unthawed", error=str(error))
         return str(error)
     log.info("guest.thawed")
-    await asyncio.to_thread(journal.settled, intent)
+    await journal.in_thread(journal.settled, intent)
     return ""
 
 
@@ -97,4 +97,4 @@ async def recover(intent: Intent, journal: Journal) -> None:
             raise
     else:
         log.info("guest.thawed")
-    await asyncio.to_thread(journal.settled, intent)
+    await journal.in_thread(journal.settled, intent)

@@ -247,7 +247,7 @@ class Engine:
         finally:
             self.feed.forget(run)
         self.metrics.ended(result, job=options.job, target=options.target)
-        await aio.finish(asyncio.to_thread(self._remember, result))
+        await aio.finish(self.catalogue.in_thread(self._remember, result))
         return result
 
     async def _back_up(
@@ -265,8 +265,7 @@ class Engine:
                 ended: RunResult | None = None
 
                 async def enter() -> None:
-                    begin = partial(self.catalogue.begin, run, vm, options.job, live.started)
-                    await aio.finish(asyncio.to_thread(begin))
+                    await aio.finish(self._enter_begun(live))
                     if hook is not None:
                         await hook.run_started(vm, run)
 
@@ -307,9 +306,13 @@ class Engine:
 
     async def _never_began(self, live: overview.Live) -> RunResult:
         """What comes of a run that was ended while it waited for its turn."""
-        await asyncio.to_thread(self.catalogue.begin, live.run, live.vm, live.options.job, live.started)
+        await self._enter_begun(live)
         with structlog.contextvars.bound_contextvars(vm=live.vm, run=live.run):
             return never_began(live.vm, live.run, live.options, live.started)
+
+    async def _enter_begun(self, live: overview.Live) -> None:
+        begun = partial(self.catalogue.begin, live.run, live.vm, live.options.job, live.started)
+        await self.catalogue.in_thread(begun)
 
     def end_run(self, run: str) -> bool:
         """Have a run end, which puts its VM right by itself; whether there is such a run, or try to come."""
@@ -329,7 +332,7 @@ class Engine:
 
     async def enter(self, entry: Callable[[], None]) -> None:
         """Enter something into the catalogue. What cannot be is no less so."""
-        await asyncio.to_thread(self._enter, entry)
+        await self.catalogue.in_thread(self._enter, entry)
 
     def _enter(self, entry: Callable[[], None]) -> None:
         try:

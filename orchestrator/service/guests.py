@@ -69,7 +69,7 @@ class Guests:
 
     async def put_right(self, vm: str | None = None) -> list[Repaired]:
         """Continue what is paused, and thaw what is frozen: all guests at once, or one VM's. Raises StateError."""
-        intents = await asyncio.to_thread(self.journal.open)
+        intents = await self.journal.in_thread(self.journal.open)
         repairs: defaultdict[str, list[Repair]] = defaultdict(list)
         for repair in reconcile.of_guests([one for one in intents if vm in (None, one.vm)], self.running()):
             repairs[repair.vm].append(repair)
@@ -83,7 +83,7 @@ class Guests:
         """Put a guest right; whether it was still to be done. Raises VmfleeceError."""
         done = False
         async with self._turns[repair.vm]:
-            for intent in await asyncio.to_thread(self.journal.open):  # somebody may just have done it
+            for intent in await self.journal.in_thread(self.journal.open):  # somebody may just have done it
                 if (intent.act, intent.vm, intent.run) != (GUESTS[repair.act], repair.vm, repair.subject):
                     continue
                 if intent.act is journals.Act.FREEZE:
@@ -97,7 +97,7 @@ class Guests:
         with contextlib.suppress(NobodyThere):  # so is the guest that was paused
             async with self.connect(pauser.monitor_of(intent), vm=intent.vm) as monitor:
                 await pauser.go_on(monitor, intent)
-        await asyncio.to_thread(self.journal.settled, intent)
+        await self.journal.in_thread(self.journal.settled, intent)
 
 
 async def attempt(repair: Repair, act: Callable[[Repair], Awaitable[bool]]) -> Repaired:

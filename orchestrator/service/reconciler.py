@@ -77,7 +77,7 @@ class Reconciler:
 
     async def plan(self) -> list[Repair]:
         """What would be done now. Raises StateError."""
-        planned = self._decide(intents=await asyncio.to_thread(self.journal.open))
+        planned = self._decide(intents=await self.journal.in_thread(self.journal.open))
         for found in await self._at_each(self._places(), self._plan_at):
             planned += found
         planned += await self._plan_elsewhere()
@@ -116,7 +116,7 @@ class Reconciler:
         running = self.running().values()
         if any(one.owner.vm == vm for one in self._holdings()):
             return True
-        intents = await asyncio.to_thread(self.journal.open)
+        intents = await self.journal.in_thread(self.journal.open)
         return any(one.vm == vm and one.run not in running for one in intents)
 
     async def put_stranded_right(self, *, but: Container[str]) -> None:

@@ -122,7 +122,7 @@ class Run(Protocol):
 
 async def catch_up(job: JobSettings, run: Run, catalogue: Catalogue) -> None:
     """At the start: take the turn that was missed, or finish the one that was interrupted."""
-    last = await asyncio.to_thread(catalogue.last_due, job.name)
+    last = await catalogue.in_thread(catalogue.last_due, job.name)
     if job.schedule is None or not schedule.missed(job.schedule, last, now()):
         await _finish_turn(job, run, catalogue)
     elif job.repeat_missed:
@@ -143,7 +143,7 @@ async def _skip_overlapped(job: JobSettings, due: datetime, catalogue: Catalogue
     if overlapped is not None and overlapped <= now():
         log.warning("job.skipped", job=job.name, due=overlapped.isoformat())
         with _failing(job):
-            await asyncio.to_thread(catalogue.set_last_due, job.name, overlapped)
+            await catalogue.in_thread(catalogue.set_last_due, job.name, overlapped)
 
 
 def _begin(job: JobSettings, due: datetime) -> datetime:
@@ -160,14 +160,14 @@ def _begin(job: JobSettings, due: datetime) -> datetime:
 
 async def _take_turn(job: JobSettings, due: datetime, run: Run, catalogue: Catalogue) -> None:
     with _failing(job):
-        await asyncio.to_thread(catalogue.set_last_due, job.name, due)
+        await catalogue.in_thread(catalogue.set_last_due, job.name, due)
         await run(job.name)
 
 
 async def _finish_turn(job: JobSettings, run: Run, catalogue: Catalogue) -> None:
     """Go on with the VMs that the last turn was not done with when vmfleece ended."""
     with _failing(job):
-        unfinished = await asyncio.to_thread(catalogue.unfinished, job.name)
+        unfinished = await catalogue.in_thread(catalogue.unfinished, job.name)
         vms = retry.after_restart(unfinished, vms=job.vms, retries=job.retries)
         if unfinished:
             given_up = sorted(unfinished.keys() - vms.keys())

@@ -75,6 +75,7 @@ class Catalogue:
             lost="history is lost, and what a killed vmfleece left in a QEMU is then taken for somebody else's",
             stays_open=False,
         )
+        self.in_thread = self._database.in_thread
         with self._database.transaction():
             pass  # what is wrong with it is told now, before a run
 

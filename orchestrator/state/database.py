@@ -1,13 +1,21 @@
 """SQLite files in state_dir: durable, one short transaction at a time, and errors that say what to do."""
 
+import asyncio
 import contextlib
+import contextvars
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from orchestrator.errors import StateDamaged, StateError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 BUSY_SECONDS = 10.0
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
@@ -28,7 +36,7 @@ def _use_wal(connection: sqlite3.Connection) -> None:
 
 
 class Database:
-    """One file. Its methods block; threads take turns.
+    """One file. Its methods block; threads take turns. What many tasks do at once is best done `in_thread`.
 
     `schema` may be run more than once, by those who open a new file at the same time.
     `lost` is what is lost with the file if somebody moves it away, for the message about a damaged one.
@@ -43,6 +51,16 @@ class Database:
         self._stays_open = stays_open
         self._connection: sqlite3.Connection | None = None
         self._turn = threading.RLock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=path.name)
+
+    async def in_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """As `asyncio.to_thread`, but in the file's own thread.
+
+        A thousand runs that begin together would else take all threads, each to wait for its turn with the file,
+        and an image that must grow would come after them.
+        """
+        run = partial(contextvars.copy_context().run, work, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:

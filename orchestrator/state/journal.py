@@ -4,7 +4,6 @@ An entry that is there after a restart, or although its run is over, says what h
 was done is not known, so putting it right must do no harm either way.
 """
 
-import asyncio
 import contextlib
 import sqlite3
 import threading
@@ -70,6 +69,7 @@ class Journal:
         self._path = state_dir / "journal.sqlite"
         lost = "what a killed vmfleece left is then not put right by itself"
         self._database = Database(self._path, SCHEMA, version=VERSION, lost=lost, stays_open=False)
+        self.in_thread = self._database.in_thread
         self._turn = threading.Lock()
         self.lost = False
         """Whether this process found it damaged, and could read nothing of it."""
@@ -140,9 +140,11 @@ class Promise:
 
     async def enter(self) -> Intent:
         """Raises StateError. Cancelled, it is not entered."""
-        entering = asyncio.to_thread(self.journal.intend, self.act, vm=self.vm, run=self.run, subject=self.subject)
+        entering = self.journal.in_thread(
+            self.journal.intend, self.act, vm=self.vm, run=self.run, subject=self.subject
+        )
         return await aio.acquire(entering, self.settled)
 
     async def settled(self, intent: Intent) -> None:
         """Raises StateError."""
-        await asyncio.to_thread(self.journal.settled, intent)
+        await self.journal.in_thread(self.journal.settled, intent)

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -434,6 +435,19 @@ async def test_a_cancelled_call_that_waits_for_another_process_ends_once_it_took
             await asyncio.wait([task])
             assert task.cancelled()
         assert await held(ledger) == {"a": on("fast", 10), "b": on("fast", 20)}
+
+
+async def test_it_is_answered_also_while_all_threads_are_taken(path: Path) -> None:
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    taken = threading.Event()
+    taking = asyncio.ensure_future(asyncio.to_thread(taken.wait))
+    try:
+        async with asyncio.timeout(60), opened(path) as ledger:
+            assert await ledger.take(owner("a"), on("fast", 10), QUOTAS)
+            assert await ledger.resize("a", "vda", 20, 100) == 20
+    finally:
+        taken.set()
+        await taking
 
 
 async def test_another_process_that_keeps_the_file_is_an_error_and_nothing_is_changed(

@@ -1,6 +1,5 @@
 """The ledger of one host: a SQLite file in state_dir (WAL, synchronous=FULL)."""
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -117,14 +116,14 @@ class SqliteLedger(Ledger):
         return await self._transact(transact)
 
     async def close(self) -> None:
-        await aio.finish(asyncio.to_thread(self._database.close))
+        await aio.finish(self._database.in_thread(self._database.close))
 
     async def _transact(self, transact: Callable[[Connection], T]) -> T:
         def work() -> T:
             with self._database.transaction() as connection:
                 return transact(connection)
 
-        return await aio.finish(asyncio.to_thread(work))
+        return await aio.finish(self._database.in_thread(work))
 
 
 class _Refused(Exception):
