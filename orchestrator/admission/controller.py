@@ -4,8 +4,9 @@ Invariants: the grants of a storage never add up to more than its quota: the led
 is in the ledger before anybody uses it, and leaves it only once nobody can use it any more. One thing is done at a
 time (`_turn`); what was begun is finished, also if who asked for it is cancelled.
 
-Growing comes before admitting: each admission is a turn of its own, so a grant that must grow waits for one at
-most; and what growing grants were refused is not given to new runs.
+Growing comes before admitting: each admission is a turn of its own, and only one of all who ask for admissions
+waits for turns, so a grant that must grow waits for one at most; and what growing grants were refused is not
+given to new runs.
 """
 
 import asyncio
@@ -76,6 +77,8 @@ class Controller:
         self._newcomers: dict[str, _Waiter] = {}
         self._arrivals = count()
         self._turn = asyncio.Lock()
+        self._settling = asyncio.Lock()
+        self._settled = True
         self._busy = asyncio.Event()
 
     @asynccontextmanager
@@ -298,7 +301,14 @@ class Controller:
         return decide.decide(self.accounts.state(self._queue.storages()), self._queue)
 
     async def _settle(self) -> None:
-        """Admit whoever may start now, each in a turn of its own, and tell the others what they lack."""
+        """Admit whoever may start now, and tell the others what they lack: once for all who ask meanwhile."""
+        self._settled = False
+        async with self._settling:
+            if not self._settled:
+                self._settled = True
+                await self._admit_in_turns()
+
+    async def _admit_in_turns(self) -> None:
         while self._queue:
             async with self._turn:
                 decision = self._decide()

@@ -862,6 +862,21 @@ async def test_growth_waits_for_one_admission_at_most(any_bench: Make) -> None:
     assert made.started == ["a", "x", "b"]
 
 
+async def test_growth_does_not_wait_until_all_that_came_have_been_decided_about(any_bench: Make) -> None:
+    made = any_bench(max_runs=1)
+    await made.ask("a", on("fast", 10))
+    async with made.controller._turn:
+        for number in range(50):
+            made.begin(f"new{number}", on("fast", 1))
+        await made.settled()
+        grows = asyncio.create_task(made.grow("a", "fast0", 70))
+        await made.settled()
+        assert len(made.controller._turn._waiters or ()) == 2, "one that decides about all of them, and the growth"
+    assert await grows == 70
+    await made.settled()
+    assert all(made.told[f"new{number}"] for number in range(50)), "each is told why it waits"
+
+
 async def test_what_growth_was_refused_is_kept_from_new_runs(any_bench: Make) -> None:
     made = any_bench()
     await made.ask("a", on("fast", 40))
