@@ -121,9 +121,11 @@ class ImagesTarget(Target):
 
     def _snapshots(self, vm: str | None) -> list[Snapshot]:
         found = []
-        for path in sorted(self.path.glob(f"*/*/{manifest.NAME}")):
+        # Each run asks for its own VM's: the folders of a thousand others are not read for that.
+        vms = [folder for folder in self.path.glob("*") if vm in (None, folder.name)]
+        for path in sorted(path for folder in vms for path in folder.glob(f"*/{manifest.NAME}")):
             folder = path.parent
-            if not removal.is_listed(folder) or vm not in (None, folder.parent.name):
+            if not removal.is_listed(folder):
                 continue
             try:
                 snapshot = manifest.read(path, target=self.name)
