@@ -41,7 +41,8 @@ from orchestrator.model import (
     RunResult,
     Vm,
 )
-from orchestrator.qemu import capabilities, commands, jobs, qmp, tools
+from orchestrator.qemu import commands, jobs, qmp, tools
+from orchestrator.qemu.builds import Builds
 from orchestrator.qemu.monitor import Connect, Monitor
 from orchestrator.run import copy, diagnosis, particulars, quiesce, survey, vigil
 from orchestrator.run.copying import Copies, Copying, by_windows
@@ -69,6 +70,7 @@ class Means:
     controller: Controller
     is_ours: Callable[[str], bool]
     journal: Journal
+    builds: Builds
     connect: Connect = qmp.connect
 
 
@@ -168,7 +170,7 @@ class _Run:
         """All phases. What was done is undone at the end, also on failure and cancellation."""
         await self._target.prepare()
         async with self._means.connect(self._vm.qmp, vm=self._vm.name) as monitor:
-            self._capabilities = capabilities.from_schema(await monitor.execute(commands.QUERY_SCHEMA))
+            self._capabilities = await self._means.builds.capabilities(monitor)
             if not self._capabilities.discard_source:
                 journal = self._means.journal
                 self._pauser = Pauser(monitor, self._vm.qmp, journal, vm=self._vm.name, run=self._run)

@@ -16,7 +16,8 @@ from orchestrator.fleecing import graph
 from orchestrator.fleecing.names import run_of, run_prefix
 from orchestrator.fleecing.pauser import Pauser
 from orchestrator.model import Disk, Kind, RunOptions, Vm
-from orchestrator.qemu import capabilities, commands, inventory
+from orchestrator.qemu import commands, inventory
+from orchestrator.qemu.builds import Builds
 from orchestrator.qemu.capabilities import Capabilities
 from orchestrator.qemu.commands import PREFIX
 from orchestrator.qemu.monitor import Monitor
@@ -97,7 +98,7 @@ async def recover(
 
     Raises what `settle_leftovers` raises.
     """
-    can = capabilities.from_schema(await monitor.execute(commands.QUERY_SCHEMA))
+    can = await Builds().capabilities(monitor)
     pauser = None if can.discard_source else Pauser(monitor, path, journal, vm=vm, run=CLEANUP)
     await settle_leftovers(monitor, vm, pauser, is_ours)
 

@@ -24,6 +24,7 @@ from orchestrator.config import Config, change
 from orchestrator.errors import StateError, VmfleeceError
 from orchestrator.model import ErrorReport, Phase, Progress, RunOptions, RunResult, Vm
 from orchestrator.qemu import qmp
+from orchestrator.qemu.builds import Builds
 from orchestrator.qemu.monitor import Connect, Monitor
 from orchestrator.run.backup import Means, back_up, new_run_id
 from orchestrator.run.outcome import Facts, log_result, never_began
@@ -136,6 +137,7 @@ class Engine:
             controller=self._controller,
             is_ours=self.catalogue.knows,
             journal=self._journal,
+            builds=Builds(),
             connect=self._reach,
         )
         return Setup(config, storages, means)

@@ -7,7 +7,8 @@ from orchestrator.config import Config
 from orchestrator.errors import UnknownName, VmfleeceError
 from orchestrator.fleecing import bitmaps, rotation
 from orchestrator.model import Disk, ErrorReport, Fleecing, FleecingPolicy, RunOptions, Vm
-from orchestrator.qemu import capabilities, commands, inventory
+from orchestrator.qemu import commands, inventory
+from orchestrator.qemu.builds import Builds
 from orchestrator.qemu.monitor import Connect, Monitor
 from orchestrator.run.plan import DiskPlan, Past, Plan
 from orchestrator.run.survey import Storages, survey
@@ -50,7 +51,7 @@ async def _look(vm: Vm, connect: Connect) -> VmSummary:
 async def details(vm: Vm, connect: Connect, storages: Storages, targets: Mapping[str, Target]) -> VmDetails:
     """One VM, with what a backup of it to the first target would do. Raises MonitorError."""
     async with connect(vm.qmp, vm=vm.name) as monitor:
-        features = capabilities.from_schema(await monitor.execute(commands.QUERY_SCHEMA))
+        features = await Builds().capabilities(monitor)
         status, qemu = await _facts(monitor)
         block = await monitor.execute(commands.QUERY_BLOCK)
         disks, described = inventory.disks(block), inventory.bitmaps(block)

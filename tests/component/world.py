@@ -18,6 +18,7 @@ from orchestrator.model import (
     RunResult,
     Vm,
 )
+from orchestrator.qemu.builds import Builds
 from orchestrator.run.backup import Means, back_up
 from orchestrator.run.survey import Storages
 from orchestrator.state.journal import Journal
@@ -90,6 +91,7 @@ class World:
             controller=self.controller,
             is_ours=self.is_ours,
             journal=self.journal,
+            builds=Builds(),
             connect=self.host.connect,
         )
         options = replace(
