@@ -12,7 +12,7 @@ from functools import partial
 
 import structlog
 
-from orchestrator import aio
+from orchestrator import aio, memory
 from orchestrator.config import Config, JobSettings
 from orchestrator.errors import StorageError, VmfleeceError
 from orchestrator.model import Phase, Progress
@@ -49,7 +49,11 @@ async def _serve(opened: Engine, told: Told) -> None:
             await scheduler.catch_up(seat.settings, run, opened.catalogue)
         await scheduler.serve(seat, run, opened.catalogue)
 
-    async with aio.background(systemd.watchdog(), _clear_targets(opened.reconciler)) as start:
+    async with aio.background(
+        systemd.watchdog(),
+        _clear_targets(opened.reconciler),
+        memory.collect_when(lambda: not opened.under_way()),
+    ) as start:
         jobs = scheduler.Seats(start, take_turns)
         reclaims = scheduler.Seats(start, partial(reclaim.serve, gates=opened.gates))
 
