@@ -10,6 +10,7 @@ from orchestrator.admission.controller import Controller
 from orchestrator.admission.ledger.memory import MemoryLedger
 from orchestrator.config import Config
 from orchestrator.errors import ConfigError
+from orchestrator.qemu.builds import Builds
 from orchestrator.run.backup import Means
 from orchestrator.service import drivers
 from orchestrator.service.in_force import InForce, Setup
@@ -66,6 +67,7 @@ def in_force(loaded: Loaded, controller: Controller, tmp_path: Path) -> InForce:
         controller=controller,
         is_ours=lambda run: run == "0000abcd",
         journal=Journal(tmp_path),
+        builds=Builds(),
     )
     return InForce(Setup(first, storages, means), controller)
 

@@ -13,6 +13,7 @@ from orchestrator import config
 from orchestrator.admission.controller import Controller
 from orchestrator.admission.ledger.memory import MemoryLedger
 from orchestrator.errors import TargetError
+from orchestrator.qemu.builds import Builds
 from orchestrator.run.backup import Means
 from orchestrator.service import drivers
 from orchestrator.service.in_force import InForce, Setup
@@ -69,6 +70,7 @@ class Bed:
             controller=controller,
             is_ours=lambda _run: True,
             journal=Journal(folder),
+            builds=Builds(),
         )
         self.setup = Setup(loaded, storages, means)
         self.in_force = InForce(self.setup, controller)

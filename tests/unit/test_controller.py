@@ -34,6 +34,7 @@ from orchestrator.admission.ledger.base import Grant, Holding, Ledger, Owner
 from orchestrator.admission.ledger.memory import MemoryLedger
 from orchestrator.admission.ledger.sqlite import SqliteLedger
 from orchestrator.errors import FleecingError, StateError, StorageError
+from orchestrator.state import database
 from orchestrator.storage.base import ImageFile, Lack, Space, Storage
 from orchestrator.units import KIB, MIB
 
@@ -371,7 +372,8 @@ class Admission(RuleBasedStateMachine):
         super().__init__()
         self.stack = contextlib.ExitStack()
         self.runner = self.stack.enter_context(asyncio.Runner())
-        self.runner.get_loop().set_default_executor(Inline())
+        patch = self.stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(database, "ThreadPoolExecutor", Inline)
         self.connect = KINDS[self.kind](self.stack.enter_context(quick_folder()))
         self.ledger = self.connect()
         self.runs = 0
