@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.aio import run_process
@@ -102,6 +102,11 @@ def rounds(draw: st.DrawFn) -> tuple[int, list[list[tuple[int, int, bool]]]]:
 
 @settings(max_examples=150, deadline=None)
 @given(rounds(), st.lists(st.integers(0, 5), min_size=1, max_size=7))
+# A chunk that became whole with one before it is completed while that one is put: its older bytes came last.
+@example(
+    (94, [[(1, 13, False)], [(33, 30, True)], [(80, 2, True), (7, 27, True), (34, 31, False)]]),
+    [0, 3, 2],
+)
 def test_an_incremental_copy_lies_over_its_parent(
     drawn: tuple[int, list[list[tuple[int, int, bool]]]], slowness: list[int]
 ) -> None:
@@ -168,6 +173,18 @@ async def test_whoever_finds_no_buffer_waits_for_one() -> None:
     await asyncio.gather(*(write(disk, at * CHUNK, bytes([at + 1]) * CHUNK) for at in range(20)))
     assert store.most <= 3
     await disk.finish()
+
+
+@pytest.mark.usefixtures("small")
+async def test_who_is_cancelled_while_it_waits_lets_nobody_pass_the_one_before() -> None:
+    disk = DiskSink(CHUNK, store := Memory((0, 9)), BufferPool(3))
+    first, second, third = (asyncio.ensure_future(write(disk, 0, letter * CHUNK)) for letter in (b"a", b"b", b"c"))
+    await asyncio.sleep(0)
+    second.cancel()
+    await asyncio.gather(first, third)
+    assert second.cancelled()
+    assert (store.content(await disk.finish()), store.most) == (b"c" * CHUNK, 1)
+    assert not disk._queues
 
 
 @pytest.mark.usefixtures("small")

@@ -78,7 +78,7 @@ class DiskSink(Export):
         self._assembly = Assembly(size_bytes)
         self._chunks: list[bytes | None] = list(parent) if parent is not None else [None] * self._assembly.count
         self._zeroes: dict[int, bytes] = {}
-        self._turns: dict[int, asyncio.Future[None]] = {}
+        self._queues: dict[int, list[asyncio.Event]] = {}
         self.written_bytes = 0
         self.stored_bytes = 0
 
@@ -120,17 +120,19 @@ class DiskSink(Export):
         return chunks
 
     async def _keep(self, wholes: Sequence[Whole]) -> None:
-        for at, whole in enumerate(wholes):
-            try:
-                async with self._turn(whole.number):
+        kept = 0
+        try:
+            async with self._turn([whole.number for whole in wholes]):
+                for whole in wholes:
                     if whole.content is None:
                         chunk = await self._zero(self._assembly.size_of(whole.number))
                     else:
                         chunk = await self._put(whole.content)
                     self._chunks[whole.number] = chunk
-            except BaseException:
-                self._miss(wholes[at:])
-                raise
+                    kept += 1
+        except BaseException:
+            self._miss(wholes[kept:])
+            raise
         if self._assembly.held_bytes > HELD_BYTES:
             # In a full copy there is nothing yet that they could lie over: they become whole soon.
             await self._complete([one for one in self._assembly.parts if self._chunks[one] is not None])
@@ -145,7 +147,7 @@ class DiskSink(Export):
     async def _complete(self, numbers: Sequence[int]) -> None:
         """Put what was written of chunks over what they held before."""
         for number in numbers:
-            async with self._turn(number):
+            async with self._turn([number]):
                 before = self._chunks[number]
                 if before is None or number not in self._assembly.parts:  # else it has become whole meanwhile
                     continue
@@ -157,18 +159,30 @@ class DiskSink(Export):
                     raise
 
     @contextlib.asynccontextmanager
-    async def _turn(self, number: int) -> AsyncIterator[None]:
-        """One thing at a time is done to a chunk, in the order in which it was begun."""
-        before, mine = self._turns.get(number), asyncio.get_running_loop().create_future()
-        self._turns[number] = mine
+    async def _turn(self, numbers: Sequence[int]) -> AsyncIterator[None]:
+        """One thing at a time is done to a chunk, in the order in which it was begun.
+
+        A request lines up for all of its chunks at once: what is written to one of them while another is put comes
+        after it. Who is cancelled while it waits leaves the queue, and nobody's turn comes sooner by that than it
+        may: the one at the head is still at it.
+        """
+        turns = {number: asyncio.Event() for number in numbers}
+        for number, turn in turns.items():
+            queue = self._queues.setdefault(number, [])
+            queue.append(turn)
+            queue[0].set()
         try:
-            if before is not None:
-                await asyncio.shield(before)
+            for turn in turns.values():
+                await turn.wait()
             yield
         finally:
-            mine.set_result(None)
-            if self._turns[number] is mine:
-                del self._turns[number]
+            for number, turn in turns.items():
+                queue = self._queues[number]
+                queue.remove(turn)
+                if queue:
+                    queue[0].set()
+                else:
+                    del self._queues[number]
 
     async def _zero(self, length: int) -> bytes:
         if length not in self._zeroes:
