@@ -87,7 +87,7 @@ class InForce:
             self._used[setup] -= 1
             if not self._used[setup]:
                 del self._used[setup]
-        self._limit_if_other(setup)
+            self._limit_if_other(setup)
 
     def check(self, config: Config) -> None:
         """Whether it can take effect now. Raises ConfigError with all that is against it."""

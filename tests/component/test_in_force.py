@@ -1,6 +1,7 @@
 """A configuration takes the place of another: what stays, what is new, and what is let go, without an engine."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,16 @@ def test_admission_knows_all_that_anybody_uses(in_force: InForce, loaded: Loaded
         with in_force.using(before), in_force.using(in_force.now):
             assert set(controller.accounts.storages) == {"local", "new"}
         assert set(controller.accounts.storages) == {"local", "new"}
+    assert set(controller.accounts.storages) == {"new"}
+    assert not in_force.busy
+
+
+def test_admission_forgets_what_was_used_until_something_failed(
+    in_force: InForce, loaded: Loaded, controller: Controller
+) -> None:
+    with suppress(ZeroDivisionError), in_force.using(in_force.now):
+        in_force.take(loaded(("storage.local", "storage.new"), ("/fleecing", "/new")))
+        raise ZeroDivisionError
     assert set(controller.accounts.storages) == {"new"}
     assert not in_force.busy
 
