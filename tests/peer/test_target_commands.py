@@ -27,6 +27,7 @@ from orchestrator.target.restic.repository import Repository
 from orchestrator.target.restic.snapshot import ResticSnapshot
 from orchestrator.target.restic.tree import FileContent
 from orchestrator.units import MIB
+from tests.faults.daemon import command_line, descendants
 from tests.guest.restics import CHEAP, RESTICS, Restic
 
 pytestmark = pytest.mark.timeout(600)
@@ -412,17 +413,6 @@ def held_up(restic: Restic, tmp_path: Path) -> Path:
     return pack
 
 
-def command_lines() -> dict[int, str]:
-    """Of all processes that there are."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            found[int(path.parent.name)] = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue  # it has ended
-    return found
-
-
 def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -439,8 +429,9 @@ def test_who_interrupts_it_leaves_no_restic_and_no_lock(
     with started(*command) as process:
         wait_for(lambda: list((restic.repository / "locks").iterdir()))
         time.sleep(0.5)
-        running = {pid: line for pid, line in command_lines().items() if "restic --no-cache check" in line}
-        for line in command_lines().values():
+        seen = {pid: command_line(pid) for pid in (process.pid, *descendants(process.pid))}
+        assert any("restic --no-cache check" in line for line in seen.values()), seen
+        for line in seen.values():
             assert PASSWORD not in line
         process.send_signal(number)
         time.sleep(0.5)
@@ -448,8 +439,7 @@ def test_who_interrupts_it_leaves_no_restic_and_no_lock(
             os.close(os.open(pack, os.O_WRONLY | os.O_NONBLOCK))
         output, errors = process.communicate(timeout=60)
         checked(Done(process.args, process.returncode, output, errors), 130)
-        assert running
-        assert not running.keys() & command_lines().keys()
+        assert not any(map(command_line, seen)), "all of them have ended"
         assert not list((restic.repository / "locks").iterdir())
 
 
