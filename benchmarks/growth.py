@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -24,7 +25,7 @@ from orchestrator.units import GIB, KIB, MIB
 from tests.guest.process import QemuProcess
 
 SPARSE_GIB = (1, 4, 16, 64)
-FULL_GIB = (1, 4)
+FULL_GIB = (1, 4, 8)
 TARGETS = {"main": "images", "repo": "repository"}
 LOOK_SECONDS = 0.02
 MOVER = "orchestrator.target.mover"
@@ -142,6 +143,7 @@ async def measure() -> Section:
                     folder.mkdir()
                     (folder / "disk.raw").symlink_to(disk)
                     rows.append(await backup(folder, what, gib, target))
+                    shutil.rmtree(folder)
     return Section(
         "What a backup takes beside the disk's size",
         """
