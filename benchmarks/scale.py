@@ -37,7 +37,7 @@ REAL_FROM = 100
 AT_ONCE = 100
 """Runs: each has two images made by qemu-img, processes that have to be started on this machine, too."""
 NIGHTS = 14
-IDLE_SECONDS = 6.0
+IDLE_SECONDS = 10.0
 EVENTS_PER_SECOND = 1000
 LOAD_SECONDS = 10.0
 ASKED = 20
