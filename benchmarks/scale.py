@@ -215,12 +215,12 @@ async def documents(api: aiohttp.ClientSession) -> dict[str, float]:
     return seconds
 
 
-async def with_vms(folder: Path, count: int) -> Row:
+async def with_vms(folder: Path, count: int, at_once: int) -> Row:
     """All measurements with so many VMs."""
     real_ones = REAL if count >= REAL_FROM else 0
     names = [f"vm{number:04d}" for number in range(count - real_ones)]
     names += [f"real{number:04d}" for number in range(real_ones)]
-    config = CONFIG.format(folder=folder, at_once=AT_ONCE)
+    config = CONFIG.format(folder=folder, at_once=at_once)
     config += "".join(f'[vm.{vm}]\nqmp = "{folder}/{vm}.qmp"\n' for vm in names)
     (folder / "vmfleece.toml").write_text(config)
     enter_history(folder / "state", names)
@@ -236,14 +236,21 @@ async def with_vms(folder: Path, count: int) -> Row:
             argv = ("-m", "orchestrator", "daemon", "--config", str(folder / "vmfleece.toml"))
             async with started(*argv, stdout=output, stderr=output) as daemon:
                 try:
-                    return await measured(Process(daemon.pid), scripted, api, count, count - real_ones)
+                    return await measured(
+                        Process(daemon.pid),
+                        scripted,
+                        api,
+                        count,
+                        scripted_count=count - real_ones,
+                        at_once=at_once,
+                    )
                 except RuntimeError:
                     report.say(log.read_text()[-2000:])
                     raise
 
 
 async def measured(
-    daemon: Process, scripted: Fleet, api: aiohttp.ClientSession, count: int, scripted_count: int
+    daemon: Process, scripted: Fleet, api: aiohttp.ClientSession, count: int, *, scripted_count: int, at_once: int
 ) -> Row:
     """What is seen of a daemon that was just started."""
     began = time.monotonic()
@@ -264,13 +271,13 @@ async def measured(
         answer = await scripted.ask("copying")
         if answer["deaths"]:
             raise RuntimeError(str(answer["deaths"]))
-        return bool(answer["copying"] == min(scripted_count, AT_ONCE))
+        return bool(answer["copying"] == min(scripted_count, at_once))
 
     asked, cpu = time.monotonic(), daemon.cpu_seconds()
     async with api.post("/api/v1/jobs/all/run") as answer:
         if answer.status >= 400:
             raise RuntimeError(await answer.text())
-    started_at = await until(copying, f"{AT_ONCE} VMs to be copied")
+    started_at = await until(copying, f"{at_once} VMs to be copied")
     start_cpu_seconds = daemon.cpu_seconds() - cpu
     await asyncio.sleep(2)
     report.say(f"{count} VMs: {EVENTS_PER_SECOND} events a second")
@@ -297,31 +304,31 @@ def per_vm_bytes(few: Row, many: Row) -> float:
     return (many.idle_bytes - few.idle_bytes) / (many.count - few.count)
 
 
-async def measure() -> Section:
-    """A row for each number of VMs."""
+async def measure(runs: int) -> Section:
+    """A row for each number of VMs, of which `runs` are backed up side by side."""
     rows = []
     for count in COUNTS:
         report.say(f"{count} VMs: connecting")
         with tempfile.TemporaryDirectory(prefix="vmf-scale-") as folder:
-            rows.append(await with_vms(Path(folder), count))
+            rows.append(await with_vms(Path(folder), count, runs))
     few, many = rows[0], rows[-1]
     return Section(
         "What the control plane costs beside the number of VMs",
         f"""
         The daemon with so many VMs, each with a history of {NIGHTS} nights. They are scripted QEMUs
         behind real QMP sockets, in another process; from {REAL_FROM} VMs on {REAL} of them are real.
-        *To start* is the time from asking for a job over all VMs until {AT_ONCE} of them (or all) have their
+        *To start* is the time from asking for a job over all VMs until {runs} of them (or all) have their
         block job, and the others wait in the queue: two images are made for each by qemu-img. *A threshold* is an
         image that reaches the threshold of its grant meanwhile, while {EVENTS_PER_SECOND} events a second come
         in: until QEMU is asked about it, and until the grant is extended (with a transaction of the ledger, and
         the job held still) and the next threshold is set.
         """,
-        (Table(("", *(f"{row.count} VMs" for row in rows)), tuple(table_rows(rows))),),
+        (Table(("", *(f"{row.count} VMs" for row in rows)), tuple(table_rows(rows, runs))),),
         (
             Bound("memory a VM, connected and idle", per_vm_bytes(few, many) / MIB, most=1, unit="MiB"),
             Bound(f"{many.count} VMs, idle, of a processor", many.idle_share * 100, most=2, unit="%"),
             Bound(
-                f"{EVENTS_PER_SECOND} events/s, {many.count} VMs, {AT_ONCE} copied: p99 until a reaction",
+                f"{EVENTS_PER_SECOND} events/s, {many.count} VMs, {runs} copied: p99 until a reaction",
                 percentile(many.asked, 99) * 1e3,
                 most=50,
                 unit="ms",
@@ -330,7 +337,7 @@ async def measure() -> Section:
     )
 
 
-def table_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+def table_rows(rows: Sequence[Row], at_once: int) -> list[tuple[str, ...]]:
     """Each figure, for each number of VMs."""
 
     def row(name: str, figure: Callable[[Row], str]) -> tuple[str, ...]:
@@ -351,7 +358,7 @@ def table_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         row("to start, s", lambda one: f"{one.start_seconds:.1f}"),
         row(
             "processor time of it a run, qemu-img's too, ms",
-            lambda one: f"{one.start_cpu_seconds / min(one.count, AT_ONCE) * 1e3:.0f}",
+            lambda one: f"{one.start_cpu_seconds / min(one.count, at_once) * 1e3:.0f}",
         ),
         row("memory, so many copied", lambda one: format_size(one.busy_bytes)),
         row("a threshold, until asked about, p50 / p99, ms", lambda one: spread(one.asked)),
@@ -369,4 +376,4 @@ def table_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 if __name__ == "__main__":
-    report.main(measure)
+    report.main(measure, runs=AT_ONCE)
