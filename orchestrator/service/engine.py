@@ -313,8 +313,8 @@ class Engine:
             return never_began(live.vm, live.run, live.options, live.started)
 
     async def _enter_begun(self, live: overview.Live) -> None:
-        begun = partial(self.catalogue.begin, live.run, live.vm, live.options.job, live.started)
-        await self.catalogue.in_thread(begun)
+        begin = self.catalogue.begin
+        await self.catalogue.in_thread(begin, live.run, live.vm, live.options.job, live.started)
 
     def end_run(self, run: str) -> bool:
         """Have a run end, which puts its VM right by itself; whether there is such a run, or try to come."""
